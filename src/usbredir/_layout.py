@@ -1,0 +1,382 @@
+"""From the declaration of a packet to its bytes: the only module that packs and unpacks packet bodies.
+
+A packet class (``usbredir.packets``) declares annotated fields and a few rules. This module turns the
+declaration into three generated functions, the way ``collections.namedtuple`` and ``dataclasses`` do:
+
+* the constructor,
+* a *decoder* for one receiving direction and one set of capabilities, and
+* an *encoder* for one sending direction and one set of capabilities,
+
+the latter two with the packet's rules compiled in. They are made when a packet type is first met and
+shared by all parsers.
+
+Generated because of speed (CPython 3.11, bulk packet with 64 bytes, least of 5 runs): a generic loop over
+field objects takes 2.9 us per packet, the generated decoder 0.27 us.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from .capabilities import has
+from .proto import MAX_INTERFACES, Capability, Direction, PacketType
+
+__all__ = [
+    "SMALL",
+    "AtMost",
+    "Declaration",
+    "Field",
+    "Reject",
+    "Wire",
+    "array",
+    "compile_decoder",
+    "compile_encoder",
+    "constructor",
+    "describe_layout",
+    "header_struct",
+]
+
+SMALL = 8192
+"""Payloads up to this many bytes are copied behind their header, longer ones are queued by reference.
+Copying up to 8 KiB is cheaper than a second buffer (measured: 593 against 1022 ns for 4 KiB)."""
+
+
+class Reject(Exception):
+    """A packet breaks a rule. Internal: becomes a Local- or RemoteProtocolError."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How a field travels.
+
+    code: struct code of one element. count: elements, more than 1 makes a tuple.
+    since: present only when both sides have one of these capabilities.
+    high_half_since: a 32-bit number; its upper 16 bits are appended to the type header when both sides have this.
+    in_data: the field is the variable part behind the type header.
+    to_wire, from_wire: conversions, where the value is not the number on the wire itself.
+    """
+
+    code: str = ""
+    count: int = 1
+    since: tuple[Capability, ...] = ()
+    high_half_since: Capability | None = None
+    in_data: bool = False
+    text: str = ""
+    convert: Callable[[Any], Any] | None = None
+    to_wire: Callable[[Any], Any] | None = None
+    from_wire: Callable[[Any], Any] | None = None
+
+    def present(self, both: int) -> bool:
+        """Whether the field travels when both sides have the capabilities in the mask *both*."""
+        return not self.since or any(has(both, capability) for capability in self.since)
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """The largest value a field may have, and the key of the error. *limit* None: ``Limits.max_bulk``."""
+
+    limit: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """One declared field."""
+
+    name: str
+    wire: Wire
+    default: object
+    at_most: AtMost | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Declaration:
+    """Everything a packet class declares.
+
+    needs: the capability without which the packet may not travel. When sending the peer must have it,
+        when receiving we must (so it is in the original).
+    input_only: the endpoint must be an IN endpoint.
+    carries_id: senders choose the id; otherwise 0 is sent.
+    transfers: a data packet: bit 7 of *endpoint* tells in which direction data travels.
+    data_only: directions in which the packet may not travel without its data (the wrong way round).
+    """
+
+    name: str
+    packet_type: PacketType
+    direction: Direction
+    fields: tuple[Field, ...]
+    needs: Capability | None = None
+    input_only: bool = False
+    carries_id: bool = False
+    transfers: bool = False
+    data_only: Direction | None = None
+    cls: type = field(default=object, repr=False)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether bytes behind the type header are possible."""
+        return self.transfers or any(f.wire.in_data for f in self.fields)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of the stored values: id, the fields, and data for data packets."""
+        names = ("id", *(f.name for f in self.fields))
+        return (*names, "data") if self.transfers else names
+
+    def may_travel(self, direction: Direction) -> bool:
+        """Whether the packet may travel in *direction*."""
+        return self.direction in (direction, Direction.BOTH)
+
+    @property
+    def capabilities(self) -> int:
+        """Mask of the capabilities that change the layout."""
+        mask = 0
+        for f in self.fields:
+            for capability in (
+                *f.wire.since,
+                *([f.wire.high_half_since] if f.wire.high_half_since is not None else ()),
+            ):
+                mask |= 1 << capability
+        return mask
+
+    def header_fields(self, both: int) -> list[tuple[str, Wire]]:
+        """(name on the wire, wire) of the type header's parts under the capabilities *both*, in order."""
+        parts = [(f.name, f.wire) for f in self.fields if not f.wire.in_data and f.wire.present(both)]
+        parts += [
+            (f.name + "_high", Wire("H"))
+            for f in self.fields
+            if f.wire.high_half_since is not None and has(both, f.wire.high_half_since)
+        ]
+        return parts
+
+    def header_format(self, both: int) -> str:
+        """struct format of the type header, without byte order."""
+        return "".join(_format(wire) for _, wire in self.header_fields(both))
+
+
+def _format(wire: Wire) -> str:
+    # An array travels as one bytes item: unpacking 32 numbers one by one costs 32 objects each time.
+    return wire.code if wire.count == 1 else f"{struct.calcsize('<' + wire.code) * wire.count}s"
+
+
+def header_struct(wide_ids: bool) -> struct.Struct:
+    """The packet header: type, length, id (32 or 64 bits)."""
+    return struct.Struct("<IIQ" if wide_ids else "<III")
+
+
+# ---------------------------------------------------------------- generating
+
+
+def constructor(declaration: Declaration) -> Callable[..., Any]:
+    """``__new__`` with one keyword argument per stored value."""
+    namespace: dict[str, Any] = {"new": tuple.__new__, "bytes_like": _bytes_like}
+    arguments, lines = [], []
+    for name in declaration.stored:
+        found = next((f for f in declaration.fields if f.name == name), None)
+        default = b"" if name == "data" else 0 if found is None else found.default
+        namespace["default_" + name] = default
+        arguments.append(f"{name}=default_{name}")
+        if found is not None and found.wire.convert is not None:
+            namespace["convert_" + name] = found.wire.convert
+            lines.append(f"    if {name} is not default_{name}: {name} = convert_{name}({name})")
+    if declaration.transfers:
+        lines.append("    if data.__class__ is not bytes: data = bytes_like(data)")
+        lines.append("    if length is None: length = len(data)")
+    lines.append(f"    return new(cls, ({', '.join(declaration.stored)},))")
+    source = f"def __new__(cls, *, {', '.join(arguments)}):\n" + "\n".join(lines)
+    return _execute(source, "__new__", namespace, declaration)
+
+
+def _bytes_like(data: object) -> memoryview | bytearray:
+    """Data as something whose len() is its number of bytes."""
+    if isinstance(data, bytearray):
+        return data
+    view = memoryview(data)  # type: ignore[arg-type]  # a TypeError is what the caller should see
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
+
+
+@lru_cache(maxsize=4096)
+def _decoder(
+    declaration: Declaration, both: int, allowed: bool, travel: Direction, max_bulk: int
+) -> Callable[..., Any]:
+    parts = declaration.header_fields(both)
+    namespace: dict[str, Any] = {
+        "new": tuple.__new__,
+        "cls": declaration.cls,
+        "Reject": Reject,
+        "unpack": struct.Struct("<" + declaration.header_format(both)).unpack_from,
+    }
+    lines = _needs(declaration, allowed)
+    if parts:
+        lines.append(f"    {', '.join(name for name, _ in parts)}, = unpack(buffer, start)")
+    lines += _conversions(declaration, both, namespace)
+    lines += _checks(declaration, travel, max_bulk)
+    lines.append(f"    return new(cls, ({', '.join(declaration.stored)},))")
+    source = "def decode(buffer, start, id, data):\n" + "\n".join(lines)
+    return _execute(source, "decode", namespace, declaration)
+
+
+def compile_decoder(
+    declaration: Declaration, both: int, own: int, travel: Direction, max_bulk: int
+) -> tuple[int, Callable[[bytes, int, int, bytes], Any]]:
+    """Size of the type header, and ``decode(buffer, start of the type header, id, data)``.
+
+    The decoder raises :class:`Reject`. *both* and *own* are capability masks, *travel* is the packet's way.
+    """
+    allowed = declaration.needs is None or has(own, declaration.needs)
+    both &= declaration.capabilities
+    return struct.calcsize("<" + declaration.header_format(both)), _decoder(
+        declaration, both, allowed, travel, max_bulk
+    )
+
+
+def _conversions(declaration: Declaration, both: int, namespace: dict[str, Any]) -> list[str]:
+    lines = []
+    for f in declaration.fields:
+        if not f.wire.present(both):
+            lines.append(f"    {f.name} = None")
+        elif f.wire.high_half_since is not None and has(both, f.wire.high_half_since):
+            lines.append(f"    {f.name} |= {f.name}_high << 16")
+        if f.wire.from_wire is not None and f.wire.present(both):
+            namespace["from_" + f.name] = f.wire.from_wire
+            lines.append(f"    {f.name} = from_{f.name}({'data' if f.wire.in_data else f.name})")
+    return lines
+
+
+@lru_cache(maxsize=4096)
+def _encoder(
+    declaration: Declaration, wide_ids: bool, both: int, allowed: bool, travel: Direction, max_bulk: int
+) -> Callable[..., Any]:
+    parts = declaration.header_fields(both)
+    id_value = "0" if not declaration.carries_id else "id" if wide_ids else "id & 0xFFFFFFFF"
+    size = struct.calcsize("<" + declaration.header_format(both))
+    namespace: dict[str, Any] = {
+        "Reject": Reject,
+        "pack": struct.Struct(header_struct(wide_ids).format + declaration.header_format(both)).pack,
+        "snapshot": bytes,
+    }
+    lines = _needs(declaration, allowed)
+    lines.append(f"    {', '.join(declaration.stored)}, = packet")
+    if declaration.transfers:
+        lines.append("    if data.__class__ is not bytes: data = snapshot(data)")
+    values = []
+    for f in declaration.fields:
+        if f.wire.high_half_since is not None:
+            lines.append(f"    if not 0 <= {f.name} <= 0xFFFFFFFF: raise Reject('field_range')")
+            if not has(both, f.wire.high_half_since):
+                lines.append(f"    {f.name} &= 0xFFFF")
+        if f.wire.since and f.wire.present(both):
+            namespace["default_" + f.name] = f.default
+            lines.append(f"    if {f.name} is None: {f.name} = default_{f.name}")
+        if f.wire.in_data:
+            namespace["to_" + f.name] = f.wire.to_wire
+            lines.append(f"    data = to_{f.name}({f.name})")
+    lines += _checks(declaration, travel, max_bulk)
+    for name, wire in parts:
+        if name.endswith("_high"):
+            values.append(f"{name[:-5]} >> 16")
+        elif wire.high_half_since is not None:
+            values.append(f"{name} & 0xFFFF")
+        elif wire.to_wire is not None:
+            namespace["to_" + name] = wire.to_wire
+            values.append(f"to_{name}({name})")
+        else:
+            values.append(name)
+    data_size = " + len(data)" if declaration.has_data else ""
+    head = f"pack({', '.join([str(int(declaration.packet_type)), f'{size}{data_size}', id_value, *values])})"
+    if declaration.has_data:
+        lines.append(f"    if len(data) <= {SMALL}: return {head} + data")
+        lines.append(f"    return {head}, data")
+    else:
+        lines.append(f"    return {head}")
+    source = "def encode(packet):\n" + "\n".join(lines)
+    return _execute(source, "encode", namespace, declaration)
+
+
+def compile_encoder(
+    declaration: Declaration, wide_ids: bool, both: int, peer: int, travel: Direction, max_bulk: int
+) -> Callable[[Any], bytes | tuple[bytes, bytes]]:
+    """``encode(packet)``: the whole packet as bytes, or (header, payload) for a payload above :data:`SMALL`.
+
+    The encoder raises :class:`Reject`, and struct.error, ValueError or TypeError for a value that has no place
+    in its field.
+    """
+    allowed = declaration.needs is None or has(peer, declaration.needs)
+    both &= declaration.capabilities
+    return _encoder(declaration, wide_ids, both, allowed, travel, max_bulk)
+
+
+def _needs(declaration: Declaration, allowed: bool) -> list[str]:
+    """The rule that comes before all others: the capability that the packet needs."""
+    if allowed or declaration.needs is None:
+        return []
+    key = "missing_cap_" + declaration.needs.name.lower().replace("device_", "")
+    return [f"    raise Reject({key!r})"]
+
+
+def _checks(declaration: Declaration, travel: Direction, max_bulk: int) -> list[str]:
+    """The rules of a packet, the same for both sides, in the original's order."""
+    lines = []
+    for f in declaration.fields:
+        if f.at_most is not None:
+            limit = max_bulk if f.at_most.limit is None else f.at_most.limit
+            lines.append(f"    if {f.name} > {limit}: raise Reject({f.at_most.reason!r})")
+    if declaration.input_only:
+        lines.append("    if not endpoint & 0x80: raise Reject('endpoint_not_input')")
+    if declaration.transfers:
+        data_way = "endpoint & 0x80" if travel is Direction.HOST_TO_GUEST else "not endpoint & 0x80"
+        lines.append(f"    if {data_way}:")
+        lines.append("        if len(data) != length: raise Reject('data_length_mismatch')")
+        lines.append("    elif data: raise Reject('unexpected_data')")
+        if declaration.data_only in (travel, Direction.BOTH):
+            lines.append("    else: raise Reject('wrong_direction')")
+    return lines
+
+
+def _execute(source: str, name: str, namespace: dict[str, Any], declaration: Declaration) -> Callable[..., Any]:
+    exec(compile(source, f"<{name} of {declaration.name}>", "exec"), namespace)
+    function: Callable[..., Any] = namespace[name]
+    function.__qualname__ = f"{declaration.name}.{name}"
+    return function
+
+
+# ---------------------------------------------------------------- conversions of fields
+
+
+def array(code: str, default: int = 0, *, since: tuple[Capability, ...] = ()) -> tuple[Wire, tuple[int, ...]]:
+    """A table of 32 numbers, one per endpoint or interface slot, and its default."""
+    layout = struct.Struct(f"<{MAX_INTERFACES}{code}")
+
+    def convert(values: Any) -> tuple[int, ...]:
+        result = tuple(values)
+        if len(result) != MAX_INTERFACES:
+            raise ValueError(f"a table has {MAX_INTERFACES} entries, not {len(result)}")
+        return result
+
+    wire = Wire(
+        code,
+        MAX_INTERFACES,
+        since=since,
+        convert=convert if not since else lambda values: None if values is None else convert(values),
+        to_wire=lambda values: layout.pack(*values),
+        from_wire=layout.unpack,
+    )
+    return wire, (default,) * MAX_INTERFACES
+
+
+def describe_layout(declaration: Declaration, both: int) -> list[tuple[int, int, str]]:
+    """Rows (offset, bytes, name) of the type header, for docs and tools."""
+    rows, offset = [], 0
+    for name, wire in declaration.header_fields(both):
+        size = struct.calcsize("<" + _format(wire))
+        rows.append((offset, size, name))
+        offset += size
+    return rows

@@ -1,0 +1,888 @@
+"""The side that has the device: serves a guest's requests with a :class:`~usbredir.device.UsbDevice`.
+
+How data flows: the guest's packets come through the parser to one handler per packet type; a transfer goes to
+the device and its completion, from the device's event handling, becomes the reply. Everything that is sent goes to the
+parser's queue; then the application's ``flush_writes`` is called, without any lock.
+
+Locks, outermost first: the host's lock (transfers in flight, streams, states; held by handlers and completions, which
+keeps replies in order), the device's own, the parser's queue lock. No application code runs under them, except ``log``.
+
+Source: docs/host.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, cast
+
+from . import filter as _filter
+from ._device_layout import DeviceLayout
+from ._redirection import TRANSITIONS, Action, Input, Redirection
+from ._streams import (
+    INTERRUPT_TRANSFERS,
+    MAX_RECOVERIES,
+    MAX_TRANSFERS,
+    Stream,
+    StreamInput,
+    StreamState,
+    data_packet,
+    status_packet,
+)
+from .capabilities import ALL
+from .descriptors import device_ids
+from .device import Transfer, UsbDevice
+from .errors import DeviceError, DeviceLostError, DeviceRejectedError, LocalProtocolError
+from .filter import FilterResult, FilterRule
+from .limits import Limits
+from .locking import Guard, LockCallbacks
+from .packets import (
+    AllocBulkStreams,
+    AltSettingStatus,
+    BulkPacket,
+    BulkStreamsStatus,
+    CancelDataPacket,
+    ConfigurationStatus,
+    ControlPacket,
+    DeviceDisconnect,
+    DeviceDisconnectAck,
+    FilterFilter,
+    FilterReject,
+    FreeBulkStreams,
+    GetAltSetting,
+    GetConfiguration,
+    Hello,
+    InterruptPacket,
+    IsoPacket,
+    IsoStreamStatus,
+    Packet,
+    Reset,
+    SetAltSetting,
+    SetConfiguration,
+    StartBulkReceiving,
+    StartInterruptReceiving,
+    StartIsoStream,
+    StopBulkReceiving,
+    StopInterruptReceiving,
+    StopIsoStream,
+)
+from .parser import VERSION, LogLevel, Parser, ParserCallbacks, StreamCallbacks
+from .proto import Capability, Status, TransferType, endpoint_address
+
+__all__ = ["Host", "HostCallbacks", "Limits", "check_device_filter"]
+
+CONTROL_TIMEOUT = 5.0
+"""Seconds a control transfer may take."""
+MAX_STREAM_BACKLOG = 800
+"""Packets waiting to be written above which stream data is dropped, or reading ahead pauses: 0.1 s at high speed."""
+READ_BACKLOG_PACKETS = 4096
+"""Replies waiting above which no more requests are read, unless limits say otherwise."""
+READ_BACKLOG_BYTES = 64 * 1024 * 1024
+"""The same in bytes."""
+DRAIN_STEP = 0.0025
+"""Seconds of event handling at a time while waiting for cancelled transfers."""
+DRAIN_LIMIT = 10.0
+"""Seconds after which a device that does not give its transfers back counts as lost."""
+NO_ALTERNATE = 255
+"""Alternate setting in the answer when there is none to tell."""
+DO_NOT_RESET = {(0x1210, 0x001C), (0x2798, 0x0001)}
+"""Devices (vendor, product) that do not survive a reset; applications may add to it."""
+
+REQUEST_CLEAR_HALT = (0x02, 1, 0)
+"""requesttype, request and value of CLEAR_FEATURE(ENDPOINT_HALT)."""
+
+DataRequest = ControlPacket | BulkPacket | InterruptPacket
+
+
+class HostCallbacks(StreamCallbacks):
+    """What an application provides to a :class:`Host`.
+
+    Threads: flush_writes: the thread in ``read_guest_data``, and the one that handles the device's events,
+    possibly at once; no lock is held.
+    """
+
+    logger = "usbredir.host"
+
+    def flush_writes(self) -> None:
+        """Something was queued: call :meth:`Host.write_guest_data` now or soon."""
+
+
+class _Link(ParserCallbacks):
+    """What the parser sees of a host: the application's stream, the host's handlers."""
+
+    readinto: Callable[[memoryview], int | None]
+    writev: Callable[[Sequence[memoryview]], int | None]
+
+    def __init__(self, host: Host, application: HostCallbacks) -> None:
+        self._host = host
+        self._application = application
+        readinto = getattr(application, "readinto", None)
+        if readinto is not None:
+            self.readinto = lambda buffer: None if host._must_pause_reading() else readinto(buffer)
+        if hasattr(application, "writev"):
+            self.writev = application.writev
+
+    def log(self, level: LogLevel, message: str) -> None:
+        self._application.log(level, message)
+
+    def read(self, count: int) -> bytes | bytearray | memoryview | None:
+        return None if self._host._must_pause_reading() else self._application.read(count)
+
+    def write(self, data: memoryview) -> int | None:
+        return self._application.write(data)
+
+    def packet_received(self, packet: Packet) -> None:
+        self._host._packet_received(packet)
+
+
+class Host:
+    """Serves one guest with one device at a time.
+
+    Args:
+        callbacks: the application: stream, log and flush callback.
+        device: what to export; None: set one later. A ``usb.core.Device`` is wrapped.
+        version: text for hello.
+        locks: thread-safety on; see docs/threads.md.
+        write_owns_buffer: ``write`` takes a buffer as a whole or not at all.
+        limits: what the guest may make us hold. Above the queue limits no more requests are read until replies
+            were written.
+
+    Raises what :meth:`set_device` raises. The host claims and releases the device, it does not close it.
+    Threads: each method tells. Without *locks*: one thread for everything.
+    """
+
+    guest_filter: list[FilterRule] | None
+    """The rules that the guest sent last, or None. The application decides what to make of them."""
+
+    def __init__(
+        self,
+        callbacks: HostCallbacks,
+        device: UsbDevice | Any | None = None,
+        *,
+        version: str = VERSION,
+        locks: LockCallbacks | None = None,
+        write_owns_buffer: bool = False,
+        limits: Limits = Limits(),  # noqa: B008 - immutable
+    ) -> None:
+        self._callbacks = callbacks
+        self._limits = limits
+        self.guest_filter = None
+        self._guard = Guard(locks)
+        self._state = Redirection.NEW
+        self._device: UsbDevice | None = None
+        self._layout: DeviceLayout | None = None
+        self._resettable = True
+        self._freshly_reset = False
+        self._error: DeviceError | None = None  # for the next attempt to read
+        self._flush_due = False
+        self._flying: set[Transfer] = set()  # everything submitted and not completed
+        self._flying_bytes = 0
+        self._requests: dict[int, list[Transfer]] = {}  # single transfers by packet id, those not cancelled
+        self._streams: dict[int, Stream] = {}  # by endpoint address
+        self._warned: set[int] = set()  # endpoints whose drops were told
+        self._handlers: dict[type[Packet], Callable[[Any], None]] = {
+            Hello: self._on_hello,
+            Reset: self._on_reset,
+            SetConfiguration: self._on_set_configuration,
+            GetConfiguration: self._on_get_configuration,
+            SetAltSetting: self._on_set_alt_setting,
+            GetAltSetting: self._on_get_alt_setting,
+            StartIsoStream: self._on_start_iso,
+            StopIsoStream: self._on_stop_stream,
+            StartInterruptReceiving: self._on_start_interrupt,
+            StopInterruptReceiving: self._on_stop_stream,
+            AllocBulkStreams: self._on_alloc_streams,
+            FreeBulkStreams: self._on_free_streams,
+            CancelDataPacket: self._on_cancel,
+            FilterReject: self._on_filter_reject,
+            FilterFilter: self._on_filter,
+            DeviceDisconnectAck: self._on_disconnect_ack,
+            StartBulkReceiving: self._on_start_bulk_receiving,
+            StopBulkReceiving: self._on_stop_stream,
+            ControlPacket: self._on_control,
+            BulkPacket: self._on_bulk,
+            IsoPacket: self._on_iso,
+            InterruptPacket: self._on_interrupt,
+        }
+        # Replies are never refused at a queue limit; reading pauses instead.
+        self._parser = Parser(
+            _Link(self, callbacks),
+            version=version,
+            capabilities=ALL,
+            usb_host=True,
+            write_owns_buffer=write_owns_buffer,
+            locks=locks,
+            limits=replace(limits, max_queued_packets=None, max_queued_bytes=None),
+        )
+        if device is not None:
+            try:
+                self.set_device(device)
+            except BaseException:
+                self._free_locks()
+                raise
+
+    # ------------------------------------------------------------ for the application
+
+    def set_device(self, device: UsbDevice | Any | None) -> None:
+        """Export *device* in place of the present one, which is released; None: only that.
+
+        The guest is told, at once or when it has confirmed that the former device is gone. Raises DeviceClaimError
+        (in use, forbidden), DeviceLostError (it does not survive the reset) or DeviceError (its descriptors make
+        no sense); then there is no device. Threads: one caller at a time, shared with read_guest_data and close.
+        """
+        self._drop_device()
+        if device is not None:
+            self._take_device(_wrap(device))
+        self._flush()
+
+    def read_guest_data(self) -> None:
+        """Read and serve requests until ``read`` would block.
+
+        Raises RemoteProtocolError (call again to go on), DeviceRejectedError (the guest refuses the device: set another
+        one, or end), DeviceLostError (lost during a reset or a configuration change), ConnectionClosed, and what the
+        callbacks raise. Reading pauses while too many replies wait to be written. Threads: one caller at a time.
+        """
+        try:
+            self._parser.do_read()
+            self._raise_error()
+        finally:
+            self._flush()
+
+    def write_guest_data(self) -> None:
+        """Write until the queue is empty or ``write`` would block. Threads: any number of callers, one writes."""
+        self._parser.do_write()
+        if self._parser.has_data_to_write() <= MAX_STREAM_BACKLOG and self._streams:
+            with self._guard:
+                for stream in list(self._streams.values()):
+                    self._resume(stream)
+            self._flush()
+
+    def has_data_to_write(self) -> int:
+        """Packets queued, a partly written one included. Threads: any number of callers."""
+        return self._parser.has_data_to_write()
+
+    def buffered_output_size(self) -> int:
+        """Bytes queued, a partly written packet counted whole. Threads: any number of callers."""
+        return self._parser.buffered_output_size()
+
+    @property
+    def reading_paused(self) -> bool:
+        """Too many replies wait: do not wait for input before some were written. Threads: any number of callers."""
+        limits = self._limits
+        packets = READ_BACKLOG_PACKETS if limits.max_queued_packets is None else limits.max_queued_packets
+        total = READ_BACKLOG_BYTES if limits.max_queued_bytes is None else limits.max_queued_bytes
+        return self.has_data_to_write() > packets or self.buffered_output_size() > total
+
+    @property
+    def device(self) -> UsbDevice | None:
+        """The device that is exported, or None. Threads: any number of callers."""
+        return self._device
+
+    @property
+    def state(self) -> Redirection:
+        """What the guest knows of the device. Threads: any number of callers."""
+        return self._state
+
+    def close(self) -> None:
+        """Release the device and the locks. Idempotent. Threads: one caller, nothing else going on."""
+        self._drop_device()
+        self._free_locks()
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None, /
+    ) -> None:
+        self.close()
+
+    def _free_locks(self) -> None:
+        self._parser.close()
+        self._guard.free()
+
+    # ------------------------------------------------------------ the connection
+
+    def _must_pause_reading(self) -> bool:
+        """Asked before every read: delivers a pending error at the same place as the original."""
+        self._raise_error()
+        return self.reading_paused
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _packet_received(self, packet: Packet) -> None:
+        handler = self._handlers[type(packet)]
+        if type(packet) is Reset:
+            handler(packet)  # waits for completions, which need the lock
+        else:
+            with self._guard:
+                handler(packet)
+        self._flush()
+
+    def _send(self, packet: Packet) -> None:
+        """Queue a packet; what the guest's capabilities forbid is only logged."""
+        try:
+            self._parser.send(packet)
+        except LocalProtocolError as error:
+            self._log(LogLevel.ERROR, f"not sent: {error}")
+            return
+        self._flush_due = True
+
+    def _flush(self) -> None:
+        """Tell the application that something was queued. No lock is held."""
+        if self._flush_due:
+            self._flush_due = False
+            self._callbacks.flush_writes()
+
+    def _log(self, level: LogLevel, message: str) -> None:
+        self._callbacks.log(level, message)
+
+    def _feed(self, event: Input) -> None:
+        """Change the state as the table says, and do what goes with it."""
+        self._state, action = TRANSITIONS[self._state, event]
+        if action is Action.ANNOUNCE:
+            self._send_layout()
+            self._send(self._layout_of_device().device_connect())
+        elif action is Action.DISCONNECT:
+            self._send(DeviceDisconnect())
+        elif action is Action.COMPLAIN:
+            self._log(LogLevel.ERROR, "the guest confirms a disconnection that did not happen: ignored")
+
+    @property
+    def _connected(self) -> bool:
+        return self._state is Redirection.CONNECTED
+
+    def _layout_of_device(self) -> DeviceLayout:
+        assert self._layout is not None, "only called while a device is there"
+        return self._layout
+
+    def _on_hello(self, packet: Hello) -> None:
+        self._feed(Input.HELLO)
+
+    def _on_disconnect_ack(self, packet: DeviceDisconnectAck) -> None:
+        self._feed(Input.ACK)
+
+    def _on_filter(self, packet: FilterFilter) -> None:
+        self.guest_filter = list(packet.rules)
+
+    def _on_filter_reject(self, packet: FilterReject) -> None:
+        if self._connected:
+            self._error = DeviceRejectedError(
+                "the guest refuses the device: its filter, or the speed of its controller, does not allow it"
+            )
+
+    # ------------------------------------------------------------ taking and losing a device
+
+    def _take_device(self, device: UsbDevice) -> None:
+        """Claim, reset and announce *device*."""
+        device.claim()
+        try:
+            layout = DeviceLayout(device)
+            d = layout.descriptor
+            self._resettable = (d.vendor_id, d.product_id) not in DO_NOT_RESET
+            if self._resettable:
+                # A guest's first act is a slow reset: done now, its first one can be skipped.
+                device.reset()
+        except ValueError as error:
+            device.release(give_back=True)
+            raise DeviceError(f"the device's descriptors make no sense: {error}") from error
+        except DeviceError:
+            device.release(give_back=True)
+            raise
+        with self._guard:
+            self._device = device
+            self._layout = layout
+            self._freshly_reset = self._resettable
+            self._warned.clear()
+            self._feed(Input.DEVICE)
+
+    def _drop_device(self) -> None:
+        """Cancel everything quietly, release the device, tell the guest."""
+        device = self._device
+        if device is None:
+            return
+        with self._guard:
+            self._requests.clear()
+            for transfer in self._flying:
+                if not isinstance(transfer.context, Stream):
+                    transfer.context = None  # nobody is answered
+            self._end_streams(self._streams)
+            self._cancel_all()
+        if not self._drain():
+            self._log(LogLevel.ERROR, "the device does not give its transfers back: released all the same")
+        device.release(give_back=True)
+        with self._guard:
+            self._device = None
+            self._layout = None
+            self._freshly_reset = False
+            self._device_gone()
+        self._flush()
+
+    def _device_gone(self) -> None:
+        """Tell the guest, once. The lock is held."""
+        confirms = self._parser.peer_has_capability(Capability.DEVICE_DISCONNECT_ACK)
+        self._feed(Input.GONE if confirms else Input.GONE_UNCONFIRMED)
+
+    def _drain(self) -> bool:
+        """Handle the device's events until every transfer has completed; False when one does not."""
+        limit = time.monotonic() + DRAIN_LIMIT
+        while self._flying:
+            if self._device is None or time.monotonic() > limit:
+                return False
+            self._device.handle_events(DRAIN_STEP)
+        return True
+
+    def _cancel_all(self) -> None:
+        assert self._device is not None
+        for transfer in list(self._flying):
+            self._device.cancel(transfer)
+
+    # ------------------------------------------------------------ configuration, alternate settings, reset
+
+    def _send_layout(self) -> None:
+        layout = self._layout_of_device()
+        self._warned.clear()
+        self._send(layout.interface_info())
+        self._send(layout.ep_info())
+
+    def _on_set_configuration(self, packet: SetConfiguration) -> None:
+        present = self._layout.configuration.value if self._layout else 0
+        status: int = Status.SUCCESS
+        if not self._connected:
+            status = Status.IOERROR
+        elif packet.configuration != present:
+            status = self._change_configuration(packet.configuration)
+            present = self._layout.configuration.value if self._layout else present
+        self._send(ConfigurationStatus(id=packet.id, status=status, configuration=present))
+
+    def _change_configuration(self, value: int) -> int:
+        assert self._device is not None
+        device = self._device
+        self._freshly_reset = False
+        self._end_streams(self._streams)
+        self._cancel_all()
+        try:
+            device.release(give_back=False)
+            status = device.set_configuration(value)
+            device.claim()
+            self._layout = DeviceLayout(device)
+        except (DeviceError, ValueError) as error:
+            self._log(LogLevel.ERROR, f"the device is lost after a change of its configuration: {error}")
+            self._lose_device("the device is lost: it cannot be used after a change of its configuration")
+            return Status.IOERROR
+        self._send_layout()
+        return status
+
+    def _on_get_configuration(self, packet: GetConfiguration) -> None:
+        status = Status.SUCCESS if self._connected else Status.IOERROR
+        value = self._layout.configuration.value if self._layout else 0
+        self._send(ConfigurationStatus(id=packet.id, status=status, configuration=value))
+
+    def _on_set_alt_setting(self, packet: SetAltSetting) -> None:
+        status, alternate = self._alternate_of(packet.interface)
+        if status == Status.SUCCESS:
+            status = self._change_alternate(packet.interface, packet.alt)
+            if status == Status.SUCCESS:
+                alternate = packet.alt
+        self._send(AltSettingStatus(id=packet.id, status=status, interface=packet.interface, alt=alternate))
+
+    def _on_get_alt_setting(self, packet: GetAltSetting) -> None:
+        status, alternate = self._alternate_of(packet.interface)
+        self._send(AltSettingStatus(id=packet.id, status=status, interface=packet.interface, alt=alternate))
+
+    def _alternate_of(self, interface: int) -> tuple[int, int]:
+        """(status, present alternate setting) of an interface."""
+        if not self._connected:
+            return Status.IOERROR, NO_ALTERNATE
+        alternates = self._layout_of_device().alternates
+        if interface not in alternates:
+            self._log(LogLevel.ERROR, f"the guest asks for interface {interface}, which does not exist")
+            return Status.INVAL, NO_ALTERNATE
+        return Status.SUCCESS, alternates[interface]
+
+    def _change_alternate(self, interface: int, alternate: int) -> int:
+        assert self._device is not None
+        layout = self._layout_of_device()
+        addresses = layout.addresses(interface)
+        self._freshly_reset = False
+        self._end_streams(addresses)
+        for transfer in [t for t in self._flying if t.endpoint in addresses]:
+            self._device.cancel(transfer)
+        try:
+            status = self._device.set_alt_setting(interface, alternate)
+        except DeviceLostError:
+            self._device_gone()
+            return Status.IOERROR
+        if status == Status.SUCCESS:
+            layout.select(interface, alternate)
+            self._send_layout()
+        return status
+
+    def _on_reset(self, packet: Reset) -> None:
+        """The lock is not held: completions that are waited for take it."""
+        with self._guard:
+            if not self._connected or self._freshly_reset:
+                return
+            for address, stream in list(self._streams.items()):
+                self._send_stream_status(stream.kind, address, Status.STALL, 0)  # the guest starts it again
+            self._end_streams(self._streams)
+            self._cancel_all()
+        self._flush()
+        device = self._device
+        if device is None or not self._resettable:
+            self._drain()
+            return
+        try:
+            # A reset under transfers in flight would end them as "no device".
+            if not self._drain():
+                raise DeviceLostError("transfers do not end")
+            device.reset()
+        except DeviceError as error:
+            self._log(LogLevel.ERROR, f"the device is lost in a reset: {error}")
+            with self._guard:
+                self._lose_device("the device is lost: it did not come back from a reset")
+        else:
+            with self._guard:
+                self._freshly_reset = True
+
+    def _lose_device(self, message: str) -> None:
+        """The device cannot be used any more; the application hears of it at the next read. The lock is held."""
+        self._device_gone()
+        self._error = DeviceLostError(message)
+
+    # ------------------------------------------------------------ single transfers
+
+    def _on_control(self, packet: ControlPacket) -> None:
+        if not self._may_start(packet, TransferType.CONTROL):
+            return
+        if (packet.requesttype, packet.request, packet.value) == REQUEST_CLEAR_HALT and not packet.length:
+            self._clear_halt(packet)
+            return
+        setup = (packet.requesttype, packet.request, packet.value, packet.index)
+        self._start(packet, TransferType.CONTROL, timeout=CONTROL_TIMEOUT, setup=setup)
+
+    def _clear_halt(self, packet: ControlPacket) -> None:
+        """Not forwarded: the controller's side of the endpoint has to be cleared as well."""
+        assert self._device is not None
+        try:
+            status = self._device.clear_halt(packet.index & 0xFF)
+        except DeviceLostError:
+            status = Status.IOERROR
+            self._device_gone()
+        self._refuse(packet, status)
+
+    def _on_bulk(self, packet: BulkPacket) -> None:
+        if self._may_start(packet, TransferType.BULK):
+            self._start(packet, TransferType.BULK, stream_id=packet.stream_id)
+
+    def _on_interrupt(self, packet: InterruptPacket) -> None:
+        if not self._may_start(packet, TransferType.INTERRUPT):
+            return
+        most = self._layout_of_device().endpoint(packet.endpoint).max_packet_size
+        if packet.length > most:
+            self._log(LogLevel.ERROR, f"an interrupt packet of {packet.length} bytes for an endpoint of {most}")
+            self._refuse(packet, Status.INVAL)
+            return
+        self._start(packet, TransferType.INTERRUPT)
+
+    def _on_iso(self, packet: IsoPacket) -> None:
+        """No isochronous stream is ever started, see :meth:`_on_start_iso`."""
+        status = Status.INVAL if self._connected else Status.IOERROR
+        self._send(IsoStreamStatus(id=packet.id, endpoint=packet.endpoint, status=status))
+
+    def _may_start(self, packet: DataRequest, kind: TransferType) -> bool:
+        """Check what is the same for all transfers; answer the request when it cannot be served."""
+        if not self._connected:
+            self._refuse(packet, Status.IOERROR)
+        elif self._layout_of_device().endpoint(packet.endpoint).type is not kind:
+            self._log(LogLevel.ERROR, f"endpoint 0x{packet.endpoint:02x} is no {kind.name.lower()} endpoint")
+            self._refuse(packet, Status.INVAL)
+        elif (
+            len(self._flying) >= self._limits.max_transfers
+            or self._flying_bytes + packet.length > self._limits.max_transfer_bytes
+        ):
+            self._log(LogLevel.WARNING, "the guest has too many transfers in flight: refused")
+            self._refuse(packet, Status.IOERROR)
+        else:
+            return True
+        return False
+
+    def _start(self, packet: DataRequest, kind: TransferType, **options: Any) -> None:
+        self._freshly_reset = False
+        transfer = Transfer(
+            kind, packet.endpoint, packet.length, self._single_completed, data=packet.data, context=packet, **options
+        )
+        self._requests.setdefault(packet.id, []).append(transfer)
+        status = self._submit(transfer)
+        if status != Status.SUCCESS:
+            self._forget_request(transfer)
+            if transfer.device_lost:
+                self._device_gone()
+            self._refuse(packet, status)
+
+    def _submit(self, transfer: Transfer) -> int:
+        assert self._device is not None
+        self._flying.add(transfer)
+        self._flying_bytes += transfer.length
+        try:
+            status = self._device.submit(transfer)
+        except DeviceLostError:
+            transfer.device_lost = True
+            status = Status.IOERROR
+        if status != Status.SUCCESS:
+            self._landed(transfer)
+        return status
+
+    def _landed(self, transfer: Transfer) -> None:
+        self._flying.discard(transfer)
+        self._flying_bytes -= transfer.length
+
+    def _single_completed(self, transfer: Transfer) -> None:
+        """A transfer that one packet asked for is done. Runs in the device's event handling."""
+        with self._guard:
+            self._landed(transfer)
+            if transfer.device_lost:
+                self._device_gone()
+            packet = cast("DataRequest | None", transfer.context)
+            if packet is not None:  # not cancelled by the guest, which was answered then
+                self._forget_request(transfer)
+                self._send(_reply(packet, transfer.status, transfer.actual_length, transfer.data))
+        self._flush()
+
+    def _forget_request(self, transfer: Transfer) -> None:
+        packet_id = transfer.context.id  # type: ignore[attr-defined]
+        same_id = self._requests[packet_id]
+        same_id.remove(transfer)
+        if not same_id:
+            del self._requests[packet_id]
+
+    def _refuse(self, packet: DataRequest, status: int) -> None:
+        self._send(_reply(packet, status, 0, b""))
+
+    def _on_cancel(self, packet: CancelDataPacket) -> None:
+        """Answered at once; what the transfer brings later is dropped. Unknown: it has completed meanwhile."""
+        same_id = self._requests.get(packet.id)
+        if not same_id:
+            return
+        transfer = same_id[0]
+        request = transfer.context
+        self._forget_request(transfer)
+        transfer.context = None
+        assert self._device is not None
+        self._device.cancel(transfer)
+        self._refuse(cast(DataRequest, request), Status.CANCELLED)
+
+    # ------------------------------------------------------------ bulk streams
+
+    def _on_alloc_streams(self, packet: AllocBulkStreams) -> None:
+        status: int = Status.IOERROR
+        if self._connected and self._device is not None:
+            status, granted = self._device.alloc_streams(_addresses(packet.endpoints), packet.no_streams)
+            if status == Status.SUCCESS and granted < packet.no_streams:
+                status = Status.IOERROR
+        self._send(
+            BulkStreamsStatus(id=packet.id, endpoints=packet.endpoints, no_streams=packet.no_streams, status=status)
+        )
+
+    def _on_free_streams(self, packet: FreeBulkStreams) -> None:
+        status: int = Status.IOERROR
+        if self._connected and self._device is not None:
+            status = self._device.free_streams(_addresses(packet.endpoints))
+        self._send(BulkStreamsStatus(id=packet.id, endpoints=packet.endpoints, no_streams=0, status=status))
+
+    # ------------------------------------------------------------ receiving streams
+
+    def _on_start_iso(self, packet: StartIsoStream) -> None:
+        """Isochronous streams are not served yet: *stall* is the answer to a stream that cannot be started."""
+        kind = self._layout.endpoint(packet.endpoint).type if self._layout else TransferType.INVALID
+        self._send_stream_status(kind, packet.endpoint, Status.STALL, packet.id)
+
+    def _on_start_interrupt(self, packet: StartInterruptReceiving) -> None:
+        size = self._layout.endpoint(packet.endpoint).max_packet_size if self._layout else 0
+        self._start_receiving(packet.endpoint, TransferType.INTERRUPT, INTERRUPT_TRANSFERS, size, packet.id)
+
+    def _on_start_bulk_receiving(self, packet: StartBulkReceiving) -> None:
+        self._start_receiving(
+            packet.endpoint, TransferType.BULK, packet.no_transfers, packet.bytes_per_transfer, packet.id
+        )
+
+    def _start_receiving(self, endpoint: int, kind: TransferType, count: int, length: int, packet_id: int) -> None:
+        slot = self._layout.endpoint(endpoint) if self._layout else None
+        real_kind = slot.type if slot else TransferType.INVALID
+        fits = (
+            slot is not None
+            and real_kind is kind
+            and 1 <= count <= MAX_TRANSFERS
+            and slot.max_packet_size > 0
+            and length > 0
+            and length % slot.max_packet_size == 0
+            and self._flying_bytes + count * length <= self._limits.max_transfer_bytes
+        )
+        if not self._connected or not fits:
+            self._log(LogLevel.ERROR, f"receiving on endpoint 0x{endpoint:02x} cannot be started")
+            self._send_stream_status(real_kind, endpoint, Status.STALL, packet_id)
+        elif endpoint in self._streams:
+            self._log(LogLevel.ERROR, f"receiving on endpoint 0x{endpoint:02x} is started already")
+            self._send_stream_status(real_kind, endpoint, Status.INVAL, packet_id)
+        elif self._run(Stream(kind, endpoint, count, length, self._received)):
+            self._send_stream_status(kind, endpoint, Status.SUCCESS, packet_id)
+
+    def _run(self, stream: Stream) -> bool:
+        """Submit a stream's transfers. False: it has ended, and the guest was told."""
+        self._freshly_reset = False
+        self._streams[stream.endpoint] = stream
+        return all(self._resubmit(stream, transfer) for transfer in stream.transfers)
+
+    def _resubmit(self, stream: Stream, transfer: Transfer) -> bool:
+        if self._submit(transfer) == Status.SUCCESS:
+            return True
+        if transfer.device_lost:
+            self._device_gone()
+        self._end_stream(stream)
+        if not transfer.device_lost:
+            self._send_stream_status(stream.kind, stream.endpoint, Status.STALL, 0)
+        return False
+
+    def _on_stop_stream(self, packet: StopInterruptReceiving | StopBulkReceiving | StopIsoStream) -> None:
+        """Success even when nothing was started; no answer without a device."""
+        if not self._connected:
+            return
+        self._end_streams([packet.endpoint])
+        kind = self._layout_of_device().endpoint(packet.endpoint).type
+        self._send_stream_status(kind, packet.endpoint, Status.SUCCESS, packet.id)
+
+    def _end_streams(self, endpoints: Any) -> None:
+        for endpoint in list(endpoints):
+            stream = self._streams.get(endpoint)
+            if stream is not None:
+                self._end_stream(stream)
+
+    def _end_stream(self, stream: Stream) -> None:
+        """Forget the stream at once; completions that still come are dropped."""
+        stream.feed(StreamInput.END)
+        if self._streams.get(stream.endpoint) is stream:
+            del self._streams[stream.endpoint]
+        for transfer in stream.transfers:
+            if transfer in self._flying and self._device is not None:
+                self._device.cancel(transfer)
+
+    def _send_stream_status(self, kind: TransferType, endpoint: int, status: Status, packet_id: int) -> None:
+        packet = status_packet(kind, endpoint, status, packet_id)
+        if packet is not None:
+            self._send(packet)
+
+    def _received(self, transfer: Transfer) -> None:
+        """A transfer of a receiving stream is done. Runs in the device's event handling."""
+        with self._guard:
+            self._landed(transfer)
+            stream = transfer.context
+            assert isinstance(stream, Stream)
+            if stream.state is not StreamState.ENDED:
+                if transfer.device_lost:
+                    self._end_stream(stream)
+                    self._device_gone()
+                elif transfer.status == Status.STALL:
+                    self._recover(stream)
+                else:
+                    self._deliver(stream, transfer)
+        self._flush()
+
+    def _deliver(self, stream: Stream, transfer: Transfer) -> None:
+        """Pass received data on and read ahead again, unless the guest does not keep up."""
+        packet_id = stream.take_id()
+        if transfer.status == Status.SUCCESS:
+            stream.recoveries = 0
+        else:
+            self._log(LogLevel.ERROR, f"receiving on endpoint 0x{stream.endpoint:02x}: status {transfer.status}")
+        overloaded = self._parser.has_data_to_write() > MAX_STREAM_BACKLOG
+        if overloaded:
+            self._warn_overload(stream)
+        # Data of a byte stream must not be lost: it is sent, and nothing more is read until the guest has caught up.
+        if not overloaded or stream.kind is TransferType.BULK:
+            data = transfer.data if transfer.actual_length else b""
+            self._send(data_packet(stream, packet_id, transfer.status, data))
+        if overloaded and stream.kind is TransferType.BULK:
+            stream.feed(StreamInput.OVERLOAD)
+        if stream.state is StreamState.PAUSED:
+            stream.idle.append(transfer)
+        else:
+            self._resubmit(stream, transfer)
+
+    def _warn_overload(self, stream: Stream) -> None:
+        if stream.endpoint not in self._warned:
+            self._warned.add(stream.endpoint)
+            what = "reading pauses" if stream.kind is TransferType.BULK else "data is dropped"
+            self._log(LogLevel.WARNING, f"the connection is too slow for endpoint 0x{stream.endpoint:02x}: {what}")
+
+    def _resume(self, stream: Stream) -> None:
+        if stream.state is StreamState.PAUSED:
+            stream.feed(StreamInput.RELIEF)
+            idle, stream.idle = stream.idle, []
+            for transfer in idle:
+                if not self._resubmit(stream, transfer):
+                    return
+
+    def _recover(self, stream: Stream) -> None:
+        """The endpoint stalled: clear it and start again, ids from 0, without the guest noticing."""
+        assert self._device is not None
+        self._log(LogLevel.WARNING, f"endpoint 0x{stream.endpoint:02x} stalled while receiving: started again")
+        self._end_stream(stream)
+        try:
+            status = self._device.clear_halt(stream.endpoint)
+        except DeviceLostError:
+            self._device_gone()
+            return
+        if status != Status.SUCCESS or stream.recoveries >= MAX_RECOVERIES:
+            self._send_stream_status(stream.kind, stream.endpoint, Status.STALL, 0)
+            return
+        count = len(stream.transfers)
+        self._run(Stream(stream.kind, stream.endpoint, count, stream.length, self._received, stream.recoveries + 1))
+
+
+def _reply(packet: DataRequest, status: int, length: int, data: Any) -> Packet:
+    """The request's header with the result; data only where it travels to the guest."""
+    if not packet.endpoint & 0x80:
+        data = b""
+    else:
+        length = len(data)
+    if isinstance(packet, BulkPacket):
+        return BulkPacket(
+            id=packet.id, endpoint=packet.endpoint, status=status, length=length, stream_id=packet.stream_id, data=data
+        )
+    if isinstance(packet, ControlPacket):
+        return ControlPacket(
+            id=packet.id,
+            endpoint=packet.endpoint,
+            request=packet.request,
+            requesttype=packet.requesttype,
+            status=status,
+            value=packet.value,
+            index=packet.index,
+            length=length,
+            data=data,
+        )
+    return InterruptPacket(id=packet.id, endpoint=packet.endpoint, status=status, length=length, data=data)
+
+
+def _addresses(mask: int) -> list[int]:
+    """Endpoint addresses of a mask of endpoint indexes."""
+    return [endpoint_address(index) for index in range(32) if mask >> index & 1]
+
+
+def _wrap(device: Any) -> UsbDevice:
+    if isinstance(device, UsbDevice):
+        return device
+    raise TypeError(f"not a UsbDevice: {device!r}")
+
+
+def check_device_filter(rules: Sequence[FilterRule], device: UsbDevice, **flags: bool) -> FilterResult:
+    """Check a device against filter rules; *flags* as for :func:`usbredir.filter.check`.
+
+    Raises ValueError for an invalid rule or descriptors that make no sense. Threads: any.
+    """
+    ids = device_ids(device.device_descriptor, device.configuration_descriptor)
+    return _filter.check(rules, ids, **flags)

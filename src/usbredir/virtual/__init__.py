@@ -1,0 +1,1 @@
+"""Devices written in Python."""
