@@ -79,8 +79,7 @@ def read_everything(parser: Parser, feeder: Feeder) -> None:
         try:
             parser.do_read()
         except RemoteProtocolError as error:
-            assert error.reason, "an error without its key"
-            assert str(error).isprintable()
+            _check_message(error, error.reason)
             feeder.seen.append(f"{error.reason} {error.packet_type}")
             errors += 1
             assert errors * 12 <= feeder.received + most, "errors without bytes"
@@ -90,6 +89,16 @@ def read_everything(parser: Parser, feeder: Feeder) -> None:
             return
         if not feeder.rest and (feeder.closed or not _more(feeder)):
             return
+
+
+def _check_message(error: Exception, reason: str) -> None:
+    assert reason, "an error without its key"
+    assert str(error).isprintable(), f"control characters in a message: {error}"
+
+
+def _check_position(error: FilterSyntaxError, text: str) -> None:
+    assert 0 <= error.position <= len(text)
+    assert str(error).isprintable(), f"control characters in a message: {error}"
 
 
 def _more(feeder: Feeder) -> bool:
@@ -136,16 +145,26 @@ def check_stream(stream: bytes, *, host: bool, own: int, size: int) -> None:
 
     state = parser.serialize()
     assert state == other.serialize()
-    heir = _parser(Feeder(), host=host, own=own, send_hello=False)
-    heir.unserialize(state)
-    assert heir.serialize() == state
-
+    _check_migration(state, host=host, own=own)
     _check_sending_on(whole.seen, host=host, own=own)
     parser.do_write()
     assert parser.has_data_to_write() == parser.buffered_output_size() == 0
 
     whole.closed = True
     read_everything(parser, whole)
+
+
+def _check_migration(state: bytes, *, host: bool, own: int) -> None:
+    """A state can be loaded, and is then the same."""
+    heir = _parser(Feeder(), host=host, own=own, send_hello=False)
+    try:
+        heir.unserialize(state)
+    except StateError as error:
+        # As in the original: half a header that already announces too much is refused before it is complete.
+        if error.reason != "packet_too_large":
+            raise
+        return
+    assert heir.serialize() == state
 
 
 def _check_sending_on(seen: list[Packet | str], *, host: bool, own: int) -> None:
@@ -181,17 +200,18 @@ def check_unserialize(data: bytes) -> None:
     flags, rest = data[:1].ljust(1, b"\0")[0], data[1:]
     feeder = Feeder()
     parser = _parser(feeder, host=bool(flags & 1), own=0xFF if flags & 2 else flags, send_hello=bool(flags & 4))
+    before: tuple[bytes, int, int] | None
     before = parser.serialize(), parser.has_data_to_write(), parser.buffered_output_size()
     try:
         parser.unserialize(rest)
     except StateError as error:
-        assert error.reason, "an error without its key"
+        _check_message(error, error.reason)
+    else:
+        before = None
+    if before is not None:
         assert (parser.serialize(), parser.has_data_to_write(), parser.buffered_output_size()) == before
         return
-    state = parser.serialize()
-    heir = _parser(Feeder(), host=bool(flags & 1), own=0xFF if flags & 2 else flags, send_hello=False)
-    heir.unserialize(state)
-    assert heir.serialize() == state
+    _check_migration(parser.serialize(), host=bool(flags & 1), own=0xFF if flags & 2 else flags)
     feeder.pieces = iter((hello_bytes(0xFF), rest))
     read_everything(parser, feeder)
     parser.do_write()
@@ -205,7 +225,7 @@ def check_filter(data: bytes) -> None:
     try:
         rules = usbfilter.parse(text, token_sep, rule_sep)
     except FilterSyntaxError as error:
-        assert 0 <= error.position <= len(text)
+        _check_position(error, text)
         return
     again = usbfilter.format(rules, token_sep, rule_sep)
     if "-" not in token_sep + rule_sep:

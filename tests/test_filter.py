@@ -199,7 +199,8 @@ devices = st.builds(
     st.lists(st.sampled_from([(3, 0, 0), (3, 1, 1), (3, 0, 1), (3, 1, 0), (8, 6, 80), (0, 0, 0)]), max_size=4),
 )
 odd_numbers = ["0", "-1", "0x03", "010", "08", "0x", "+5", "\t7", "7\t", "\v-1", "0XfF", "-0", "-", "+", "0b1", "1_0"]
-numbers = st.sampled_from(odd_numbers) | st.integers(-(2**66), 2**66).flatmap(
+long_numbers = st.builds(lambda high, low: (high << 32) + low, st.integers(-(2**34), 2**34), st.integers(-1, 0x101))
+numbers = st.sampled_from(odd_numbers) | (long_numbers | st.integers(-3, 70_000)).flatmap(
     lambda n: st.sampled_from([str(n), hex(n), oct(n).replace("o", ""), f"+{n}", f" {n}", f"{n} "])
 )
 separators = st.text(st.sampled_from(",|:;x- \t]^[\\0é\0"), max_size=3)
@@ -291,6 +292,31 @@ def test_numbers_answer_like_libc(token: str) -> None:
 
 
 # ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0x1000000000000003", 3),
+        ("0x7fffffff00000003", 3),
+        ("0x8000000000000003", -1),
+        ("4611686018427387907", 3),
+        ("9223372032559808515", 3),
+        ("9223372036854775811", -1),
+        ("0400000000000000000003", 3),
+        ("0777777777740000000003", 3),
+        ("01000000000000000000003", -1),
+        ("-9223372036854775805", 3),
+        ("-9223372036854775808", 0),
+        ("-9223372036854775807", 1),
+        ("-9223372036854775811", 0),
+        ("-0x8000000000000003", 0),
+    ],
+)
+def test_numbers_around_64_bits(text: str, value: int) -> None:
+    """Saturated to 64 bits, then cut to 32."""
+    assert parse(f"-1,{text},-1,-1,1") == model_parse(f"-1,{text},-1,-1,1", ",", "|")
+    assert parse(f"-1,{text},-1,-1,1")[0].vendor_id == value
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def test_what_works_without_the_medium(disk: ScsiDisk, cdb: bytes) -> None:
 
 def test_eject_and_load(disk: ScsiDisk) -> None:
     run(disk, EJECT)
-    assert run(disk, LOAD).status is ScsiStatus.GOOD
+    assert disk.execute(LOAD).finish() is ScsiStatus.GOOD
     assert disk.execute(TEST_UNIT_READY).finish() is ScsiStatus.CHECK_CONDITION
     assert fetch_sense(disk) == Sense.MEDIUM_MAY_HAVE_CHANGED.value
     assert run(disk, cdb10(0x28, 3, 1)).data == CONTENT[3 * 512 : 4 * 512]
@@ -529,9 +529,7 @@ def test_mode_sense_page_controls(disk: ScsiDisk) -> None:
 @pytest.mark.parametrize(
     ("cdb", "head"), [("151000001800", bytes(4)), ("55100000000000001c00", bytes(8))], ids=["6", "10"]
 )
-def test_mode_select_switches_the_write_cache(
-    recorded: ScsiDisk, recorder: Recorder, cdb: str, head: bytes
-) -> None:
+def test_mode_select_switches_the_write_cache(recorded: ScsiDisk, recorder: Recorder, cdb: str, head: bytes) -> None:
     assert run(recorded, bytes.fromhex(cdb), head + CACHE_OFF, piece=5).status is ScsiStatus.GOOD
     run(recorded, cdb10(0x2A, 0, 1), bytes(512))
     assert recorder.calls == [("sync", 0, 0), ("write", 0, 512), ("sync", 0, 0)]
@@ -589,9 +587,7 @@ OPCODES = st.one_of(
     st.sampled_from([0x00, 0x03, 0x08, 0x0A, 0x12, 0x15, 0x1A, 0x1B, 0x1E, 0x23, 0x25, 0x28, 0x2A, 0x2F, 0x35, 0x55]),
     st.sampled_from([0x5A, 0x88, 0x8A, 0x8F, 0x91, 0x9E, 0xA0, 0xA8, 0xAA, 0xAF]),
 )
-CDBS = st.builds(
-    lambda opcode, rest: bytes([opcode]) + rest, OPCODES, st.binary(max_size=15) | st.binary(max_size=2)
-)
+CDBS = st.builds(lambda opcode, rest: bytes([opcode]) + rest, OPCODES, st.binary(max_size=15) | st.binary(max_size=2))
 
 
 @settings(deadline=None, max_examples=150)

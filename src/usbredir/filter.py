@@ -39,8 +39,8 @@ _INT64_MIN = -(2**63)
 _NUMBER = re.compile(r"[ \t\n\v\f\r]*([-+]?)(?:0[xX]([0-9a-fA-F]+)|([1-9][0-9]*)|(0[0-7]*))")
 _SHORT = 16
 """Longest token worth remembering: the cache must not keep megabytes from a peer."""
-_SURE_DIGITS = {16: 16, 10: 19, 8: 22}
-"""Per base, the longest number without leading zeros that needs looking at: longer ones are above 2**63."""
+_SURE_DIGITS = {16: 16, 10: 19, 8: 21}
+"""Per base, the longest number without leading zeros that needs looking at: longer ones are 2**63 or more."""
 
 
 class FilterRule(NamedTuple):
@@ -210,7 +210,7 @@ _short_number = lru_cache(maxsize=1024)(_any_number)
 
 
 def _saturated(digits: str, base: int) -> int:
-    """Value of *digits*, or any number above 2**63. int() alone takes quadratic time, or refuses."""
+    """Value of *digits*, or any number from 2**63 on. int() alone takes quadratic time, or refuses."""
     significant = digits.lstrip("0")
     if len(significant) > _SURE_DIGITS[base]:
         return 2 * _INT64_MAX
@@ -273,8 +273,8 @@ def _hex(number: int, digits: int) -> str:
 def _classes(device: DeviceIds, *, skip_non_boot_hid: bool) -> list[int]:
     """The classes that the rules are applied to, in order."""
     interfaces = [tuple(interface) for interface in device.interfaces]
-    if skip_non_boot_hid and len(interfaces) > 1:
-        # If nothing is left the original checks all of them after all.
+    if skip_non_boot_hid:
+        # If nothing would be left, all of them count after all.
         interfaces = [interface for interface in interfaces if interface != _NON_BOOT_HID] or interfaces
     classes = [interface_class for interface_class, _, _ in interfaces]
     if device.device_class in (_CLASS_PER_INTERFACE, _CLASS_MISCELLANEOUS):

@@ -275,6 +275,10 @@ class Host:
         total = READ_BACKLOG_BYTES if limits.max_queued_bytes is None else limits.max_queued_bytes
         return self.has_data_to_write() > packets or self.buffered_output_size() > total
 
+    def log(self, level: LogLevel, message: str) -> None:
+        """Write a message to the application's log. Threads: any number of callers."""
+        self._callbacks.log(level, message)
+
     @property
     def device(self) -> UsbDevice | None:
         """The device that is exported, or None. Threads: any number of callers."""
@@ -328,7 +332,7 @@ class Host:
         try:
             self._parser.send(packet)
         except LocalProtocolError as error:
-            self._log(LogLevel.ERROR, f"not sent: {error}")
+            self.log(LogLevel.ERROR, f"not sent: {error}")
             return
         self._flush_due = True
 
@@ -337,9 +341,6 @@ class Host:
         if self._flush_due:
             self._flush_due = False
             self._callbacks.flush_writes()
-
-    def _log(self, level: LogLevel, message: str) -> None:
-        self._callbacks.log(level, message)
 
     def _feed(self, event: Input) -> None:
         """Change the state as the table says, and do what goes with it."""
@@ -350,7 +351,7 @@ class Host:
         elif action is Action.DISCONNECT:
             self._send(DeviceDisconnect())
         elif action is Action.COMPLAIN:
-            self._log(LogLevel.ERROR, "the guest confirms a disconnection that did not happen: ignored")
+            self.log(LogLevel.ERROR, "the guest confirms a disconnection that did not happen: ignored")
 
     @property
     def _connected(self) -> bool:
@@ -413,7 +414,7 @@ class Host:
             self._end_streams(self._streams)
             self._cancel_all()
         if not self._drain():
-            self._log(LogLevel.ERROR, "the device does not give its transfers back: released all the same")
+            self.log(LogLevel.ERROR, "the device does not give its transfers back: released all the same")
         device.release(give_back=True)
         with self._guard:
             self._device = None
@@ -471,7 +472,7 @@ class Host:
             device.claim()
             self._layout = DeviceLayout(device)
         except (DeviceError, ValueError) as error:
-            self._log(LogLevel.ERROR, f"the device is lost after a change of its configuration: {error}")
+            self.log(LogLevel.ERROR, f"the device is lost after a change of its configuration: {error}")
             self._lose_device("the device is lost: it cannot be used after a change of its configuration")
             return Status.IOERROR
         self._send_layout()
@@ -500,7 +501,7 @@ class Host:
             return Status.IOERROR, NO_ALTERNATE
         alternates = self._layout_of_device().alternates
         if interface not in alternates:
-            self._log(LogLevel.ERROR, f"the guest asks for interface {interface}, which does not exist")
+            self.log(LogLevel.ERROR, f"the guest asks for interface {interface}, which does not exist")
             return Status.INVAL, NO_ALTERNATE
         return Status.SUCCESS, alternates[interface]
 
@@ -542,7 +543,7 @@ class Host:
                 raise DeviceLostError("transfers do not end")
             device.reset()
         except DeviceError as error:
-            self._log(LogLevel.ERROR, f"the device is lost in a reset: {error}")
+            self.log(LogLevel.ERROR, f"the device is lost in a reset: {error}")
             with self._guard:
                 self._lose_device("the device is lost: it did not come back from a reset")
         else:
@@ -584,7 +585,7 @@ class Host:
             return
         most = self._layout_of_device().endpoint(packet.endpoint).max_packet_size
         if packet.length > most:
-            self._log(LogLevel.ERROR, f"an interrupt packet of {packet.length} bytes for an endpoint of {most}")
+            self.log(LogLevel.ERROR, f"an interrupt packet of {packet.length} bytes for an endpoint of {most}")
             self._refuse(packet, Status.INVAL)
             return
         self._start(packet, TransferType.INTERRUPT)
@@ -599,13 +600,13 @@ class Host:
         if not self._connected:
             self._refuse(packet, Status.IOERROR)
         elif self._layout_of_device().endpoint(packet.endpoint).type is not kind:
-            self._log(LogLevel.ERROR, f"endpoint 0x{packet.endpoint:02x} is no {kind.name.lower()} endpoint")
+            self.log(LogLevel.ERROR, f"endpoint 0x{packet.endpoint:02x} is no {kind.name.lower()} endpoint")
             self._refuse(packet, Status.INVAL)
         elif (
             len(self._flying) >= self._limits.max_transfers
             or self._flying_bytes + packet.length > self._limits.max_transfer_bytes
         ):
-            self._log(LogLevel.WARNING, "the guest has too many transfers in flight: refused")
+            self.log(LogLevel.WARNING, "the guest has too many transfers in flight: refused")
             self._refuse(packet, Status.IOERROR)
         else:
             return True
@@ -723,10 +724,10 @@ class Host:
             and self._flying_bytes + count * length <= self._limits.max_transfer_bytes
         )
         if not self._connected or not fits:
-            self._log(LogLevel.ERROR, f"receiving on endpoint 0x{endpoint:02x} cannot be started")
+            self.log(LogLevel.ERROR, f"receiving on endpoint 0x{endpoint:02x} cannot be started")
             self._send_stream_status(real_kind, endpoint, Status.STALL, packet_id)
         elif endpoint in self._streams:
-            self._log(LogLevel.ERROR, f"receiving on endpoint 0x{endpoint:02x} is started already")
+            self.log(LogLevel.ERROR, f"receiving on endpoint 0x{endpoint:02x} is started already")
             self._send_stream_status(real_kind, endpoint, Status.INVAL, packet_id)
         elif self._run(Stream(kind, endpoint, count, length, self._received)):
             self._send_stream_status(kind, endpoint, Status.SUCCESS, packet_id)
@@ -797,7 +798,7 @@ class Host:
         if transfer.status == Status.SUCCESS:
             stream.recoveries = 0
         else:
-            self._log(LogLevel.ERROR, f"receiving on endpoint 0x{stream.endpoint:02x}: status {transfer.status}")
+            self.log(LogLevel.ERROR, f"receiving on endpoint 0x{stream.endpoint:02x}: status {transfer.status}")
         overloaded = self._parser.has_data_to_write() > MAX_STREAM_BACKLOG
         if overloaded:
             self._warn_overload(stream)
@@ -816,7 +817,7 @@ class Host:
         if stream.endpoint not in self._warned:
             self._warned.add(stream.endpoint)
             what = "reading pauses" if stream.kind is TransferType.BULK else "data is dropped"
-            self._log(LogLevel.WARNING, f"the connection is too slow for endpoint 0x{stream.endpoint:02x}: {what}")
+            self.log(LogLevel.WARNING, f"the connection is too slow for endpoint 0x{stream.endpoint:02x}: {what}")
 
     def _resume(self, stream: Stream) -> None:
         if stream.state is StreamState.PAUSED:
@@ -829,7 +830,7 @@ class Host:
     def _recover(self, stream: Stream) -> None:
         """The endpoint stalled: clear it and start again, ids from 0, without the guest noticing."""
         assert self._device is not None
-        self._log(LogLevel.WARNING, f"endpoint 0x{stream.endpoint:02x} stalled while receiving: started again")
+        self.log(LogLevel.WARNING, f"endpoint 0x{stream.endpoint:02x} stalled while receiving: started again")
         self._end_stream(stream)
         try:
             status = self._device.clear_halt(stream.endpoint)

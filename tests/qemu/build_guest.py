@@ -5,7 +5,6 @@ The guest is a Debian kernel and an initramfs with busybox, the few modules that
 """
 
 import contextlib
-import fcntl
 import hashlib
 import lzma
 import os
@@ -53,6 +52,8 @@ def cache_folder() -> Path:
 @contextlib.contextmanager
 def exclusive_use() -> Iterator[Path]:
     """Hold the cache folder's lock: one guest is built or runs at a time, whichever test process asks."""
+    import fcntl  # here, so that Windows can import this module and say what it lacks
+
     folder = cache_folder()
     with open(folder / "lock", "w", encoding="ascii") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -75,12 +76,12 @@ def build_guest(cache: Path) -> GuestImage:
     folder = cache / f"guest-{key}"
     image = GuestImage(folder / "kernel", folder / "initramfs")
     if not folder.exists():
+        for former in (*cache.glob("guest-*"), *cache.glob("build-*")):
+            shutil.rmtree(former)
         with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as scratch:
             built = Path(scratch) / "built"
             built.mkdir()
             _build(Path(scratch), list(packages), built)
-            for former in cache.glob("guest-*"):
-                shutil.rmtree(former)
             built.rename(folder)
     return image
 

@@ -17,8 +17,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-import os
-import select
+import socket
 import threading
 import time
 from collections import deque
@@ -72,6 +71,8 @@ class StandardRequest:
     SET_SEL = 48
 
 
+POLLIN = 1
+"""poll(2)'s number for "readable"; not every platform's select module has it."""
 ENDPOINT_HALT = 0
 REMOTE_WAKEUP = 1
 CONFIGURATION_SELF_POWERED = 0x40
@@ -122,7 +123,7 @@ class VirtualDevice:
         self._work = False
         self._gone = False
         self._closed = False
-        self._wake_pipe: tuple[int, int] | None = None
+        self._wake_sockets: tuple[socket.socket, socket.socket] | None = None
         # For the thread that handles events.
         self._queues: dict[int, deque[Transfer]] = {}
         self._deadlines: dict[Transfer, float] = {}
@@ -309,9 +310,9 @@ class VirtualDevice:
         if not self._work:
             self._work = True
             self._condition.notify_all()
-            if self._wake_pipe is not None:
+            if self._wake_sockets is not None:
                 with contextlib.suppress(BlockingIOError):
-                    os.write(self._wake_pipe[1], b"w")
+                    self._wake_sockets[1].send(b"w")
 
     # ------------------------------------------------------------ UsbDevice: events
 
@@ -346,9 +347,9 @@ class VirtualDevice:
             self._submitted.clear()
             cancelled, self._cancelled = self._cancelled, set()
             work, self._work = self._work, False
-            if work and self._wake_pipe is not None:
+            if work and self._wake_sockets is not None:
                 with contextlib.suppress(BlockingIOError):
-                    os.read(self._wake_pipe[0], 64)
+                    self._wake_sockets[0].recv(64)
         return submitted, cancelled, work
 
     def _enqueue(self, transfer: Transfer) -> None:
@@ -362,15 +363,15 @@ class VirtualDevice:
         self.notify()
 
     def pollfds(self) -> Sequence[tuple[int, int]]:
-        """A pipe that becomes readable when another thread gave the device something to do."""
+        """A socket that becomes readable when the device was given something to do."""
         with self._condition:
-            if self._wake_pipe is None and not self._closed:
-                self._wake_pipe = os.pipe()
-                os.set_blocking(self._wake_pipe[0], False)
-                os.set_blocking(self._wake_pipe[1], False)
+            if self._wake_sockets is None and not self._closed:
+                self._wake_sockets = socket.socketpair()
+                for end in self._wake_sockets:
+                    end.setblocking(False)
                 if self._work:
-                    os.write(self._wake_pipe[1], b"w")
-            return [] if self._wake_pipe is None else [(self._wake_pipe[0], select.POLLIN)]
+                    self._wake_sockets[1].send(b"w")
+            return [] if self._wake_sockets is None else [(self._wake_sockets[0].fileno(), POLLIN)]
 
     def next_timeout(self) -> float | None:
         """Seconds until handle_events is due: 0 when there is work, None when there is nothing to wait for."""
@@ -389,9 +390,9 @@ class VirtualDevice:
             self._signal()
         self.handle_events(1.0)
         with self._condition:
-            pipe, self._wake_pipe = self._wake_pipe, None
-        for descriptor in pipe or ():
-            os.close(descriptor)
+            sockets, self._wake_sockets = self._wake_sockets, None
+        for end in sockets or ():
+            end.close()
 
     def _run_timers(self) -> bool:
         """Run what is due; True when hooks are to be asked again."""

@@ -30,7 +30,7 @@ _FAT32_MIN_CLUSTERS = 65525
 _FAT32_MAX_CLUSTERS = 0x0FFFFFF5
 # Drivers that count wrongly are off by a few clusters at the limits. Source: FATSPEC, 3.5.
 _MARGIN = 16
-_FAT32_FROM = 512 << 20
+_FAT32_FROM = 260 << 20  # the least that has enough clusters of 4 KiB
 _MAX_IMAGE = 0xFFFFFFFF * _SECTOR
 _MAX_FILE = 0xFFFFFFFF
 _MAX_ENTRIES = 0x10000
@@ -52,7 +52,7 @@ _SHORT_NAME = re.compile(
     r"([A-Z0-9$%'_@~`!(){}^#&-]{1,8})(?:\.([A-Z0-9$%'_@~`!(){}^#&-]{1,3}))?", re.ASCII | re.IGNORECASE
 )
 _NOT_SHORT = re.compile(r"[^A-Z0-9$%'_@~`!(){}^#&-]")
-_NOT_LONG = re.compile(r'[\x00-\x1f\x7f"*/:<>?\\|]')
+_NOT_LONG = re.compile(r'[\x00-\x1f\x7f\uffff"*/:<>?\\|]')  # U+FFFF is what pads a name
 
 # Ends by a jump to itself, after the BIOS call for "try the next disk".
 _BOOT_CODE = b"\xcd\x18\xeb\xfe"
@@ -109,7 +109,7 @@ def make_image(files: Mapping[str, bytes], *, size: int = 16 << 20, label: str =
 
     Args:
         files: content by name. Long names are fine; names differ in more than upper and lower case.
-        size: bytes of the image, rounded down to a whole sector of 512. FAT16 below 512 MiB, FAT32 from
+        size: bytes of the image, rounded down to a whole sector of 512. FAT16 below 260 MiB, FAT32 from
             there on; at least about 2.2 MiB.
         label: volume label, up to 11 characters, or empty.
 
@@ -507,7 +507,7 @@ def _long_name(parts: list[bytes], checksum: int) -> str | None:
             return None
         text = first + second + third + text
     try:
-        return text.decode("utf-16-le").partition("\0")[0].rstrip("\uffff")
+        return text.decode("utf-16-le").partition("\0")[0]
     except UnicodeDecodeError:
         return None
 

@@ -129,7 +129,8 @@ class MassStorage(VirtualDevice):
     def close(self) -> None:
         """Close the device, then its file. Idempotent."""
         super().close()
-        self._medium.close()
+        with self._hooks:  # not under the feet of a hook that is still reading
+            self._medium.close()
 
     # --- hooks of VirtualDevice ---
 

@@ -1,0 +1,371 @@
+"""Byte streams for hosts and guests: TCP and Unix sockets, and the loops that drive them.
+
+Addresses are text: ``host:port``, ``[v6 address]:port`` and ``unix:/path``. Port 0 lets the system choose.
+
+:func:`serve` runs a host in one thread: it polls the guest's socket and the device's descriptors together, and
+collects the output of a round into one write. :class:`GuestConnection` does the same for a guest's calls.
+
+Source: docs/transport.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import stat
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import NamedTuple
+
+from .device import UsbDevice
+from .errors import ConnectionClosed
+from .guest import GuestCallbacks
+from .host import Host, HostCallbacks
+from .limits import Limits
+from .parser import VERSION, LogLevel
+
+__all__ = [
+    "Address",
+    "Connection",
+    "GuestConnection",
+    "HostConnection",
+    "Listener",
+    "connect",
+    "listen",
+    "parse_address",
+    "serve",
+]
+
+POLLIN = 1
+POLLOUT = 4
+POLL_ERRORS = 8 | 16
+"""poll(2)'s numbers; not every platform's select module has them."""
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds that connecting may take."""
+BACKLOG = 8
+"""Connections that may wait to be accepted."""
+
+
+class Address(NamedTuple):
+    """Where to listen or connect. *port* is None for a Unix socket, whose path is *host*."""
+
+    host: str
+    port: int | None
+
+    def __str__(self) -> str:
+        if self.port is None:
+            return f"unix:{self.host}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """Read ``host:port``, ``[v6 address]:port`` or ``unix:/path``. Raises ValueError that tells the forms."""
+    if text.startswith("unix:"):
+        if len(text) == len("unix:"):
+            raise ValueError("unix: needs a path, as in unix:/run/usbredir.sock")
+        return Address(text[len("unix:") :], None)
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{text!r}: put an IPv6 address into brackets, as in [::1]:4000")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
+        raise ValueError(
+            f"{text!r} is not an address: use HOST:PORT, [IPV6]:PORT or unix:/PATH, with a port up to 65535"
+        )
+    return Address(host, int(port))
+
+
+class Connection:
+    """A connected socket, not blocking, as the callbacks of parsers want it. Owns the socket.
+
+    Threads: one reader, one writer.
+    """
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        sock.setblocking(False)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            # Replies are small and awaited: never hold them back to fill a segment.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.name = name
+        self.bytes_received = 0
+        self.bytes_sent = 0
+        self._socket = sock
+        self._drained = False
+
+    def fileno(self) -> int:
+        """The descriptor, for polling; -1 when closed."""
+        return self._socket.fileno()
+
+    def keep_alive(self) -> None:
+        """Let the system find out when the peer is gone (SO_KEEPALIVE)."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def read(self, count: int) -> bytes | None:
+        """Up to *count* bytes; None: nothing there now; b"": end of the stream."""
+        if self._drained:
+            # The last read was short, so there was no more: save the call that would only say so.
+            self._drained = False
+            return None
+        try:
+            data = self._socket.recv(count)
+        except (BlockingIOError, InterruptedError):
+            return None
+        self._drained = 0 < len(data) < count
+        self.bytes_received += len(data)
+        return data
+
+    def write(self, data: memoryview) -> int | None:
+        """Send what the socket takes; None: nothing now."""
+        return self.writev((data,))
+
+    def writev(self, buffers: Sequence[memoryview]) -> int | None:
+        """Send what the socket takes of several buffers, without joining them; None: nothing now."""
+        try:
+            if len(buffers) == 1 or not hasattr(self._socket, "sendmsg"):
+                count = self._socket.send(buffers[0])
+            else:
+                count = self._socket.sendmsg(buffers)
+        except (BlockingIOError, InterruptedError):
+            return None
+        self.bytes_sent += count
+        return count
+
+    def close(self) -> None:
+        """Close the socket. Idempotent."""
+        self._socket.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None, /
+    ) -> None:
+        self.close()
+
+
+class Listener:
+    """A listening socket. *address* tells the real port. Threads: one."""
+
+    def __init__(self, sock: socket.socket, address: Address) -> None:
+        self._socket = sock
+        self._socket.setblocking(False)
+        if address.port is None:
+            self.address = address
+        else:
+            host, port = sock.getsockname()[:2]
+            self.address = Address(host, port)
+
+    def fileno(self) -> int:
+        """The descriptor, for polling."""
+        return self._socket.fileno()
+
+    def accept(self, timeout: float | None = None) -> Connection | None:
+        """The next connection, or None when none came within *timeout* seconds (None: wait for ever)."""
+        if not poll([(self.fileno(), POLLIN)], timeout):
+            return None
+        try:
+            sock, peer = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        return Connection(sock, _peer_name(peer))
+
+    def refuse(self) -> str | None:
+        """Accept and close one connection that waits; its name, or None."""
+        connection = self.accept(0)
+        if connection is None:
+            return None
+        connection.close()
+        return connection.name
+
+    def close(self) -> None:
+        """Stop listening; a Unix socket's file is removed. Idempotent."""
+        if self._socket.fileno() < 0:
+            return
+        self._socket.close()
+        if self.address.port is None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.address.host)
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None, /
+    ) -> None:
+        self.close()
+
+
+def _peer_name(peer: object) -> str:
+    if isinstance(peer, tuple) and len(peer) >= 2:
+        return str(Address(str(peer[0]), int(peer[1])))
+    return "a local process"
+
+
+def listen(address: str) -> Listener:
+    """Listen on an address. Raises ValueError for its form, OSError when it cannot be had."""
+    where = parse_address(address)
+    if where.port is None:
+        return Listener(_listen_unix(where.host), where)
+    family, _, _, _, sockaddr = socket.getaddrinfo(
+        where.host, where.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(sockaddr)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return Listener(sock, where)
+
+
+def _listen_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        sock.bind(path)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that a killed process left behind; one that answers, and any other file, stays."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+
+
+def connect(address: str, timeout: float = CONNECT_TIMEOUT) -> Connection:
+    """Connect to an address. Raises ValueError for its form, OSError when nobody answers."""
+    where = parse_address(address)
+    if where.port is not None:
+        return Connection(socket.create_connection((where.host, where.port), timeout), str(where))
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(where.host)
+    except BaseException:
+        sock.close()
+        raise
+    return Connection(sock, str(where))
+
+
+def poll(wanted: Sequence[tuple[int, int]], timeout: float | None) -> dict[int, int]:
+    """Wait until a descriptor is ready: {descriptor: events}. *wanted*: (descriptor, event mask) pairs."""
+    if hasattr(select, "poll"):
+        poller = select.poll()
+        for descriptor, events in wanted:
+            poller.register(descriptor, events)
+        # Rounded up, so that a timer that is nearly due does not spin.
+        return dict(poller.poll(None if timeout is None else int(timeout * 1000 + 0.999)))
+    return _poll_with_select(wanted, timeout)
+
+
+def _poll_with_select(wanted: Sequence[tuple[int, int]], timeout: float | None) -> dict[int, int]:
+    """:func:`poll` for Windows."""
+    reading = [descriptor for descriptor, events in wanted if events & POLLIN]
+    writing = [descriptor for descriptor, events in wanted if events & POLLOUT]
+    if not reading and not writing:
+        time.sleep(timeout or 0)
+        return {}
+    readable, writable, _ = select.select(reading, writing, [], timeout)
+    ready = dict.fromkeys(readable, POLLIN)
+    for descriptor in writable:
+        ready[descriptor] = ready.get(descriptor, 0) | POLLOUT
+    return ready
+
+
+# ---------------------------------------------------------------- a host on a connection
+
+
+class HostConnection(HostCallbacks):
+    """Joins a host to a connection. Threads: as :class:`~usbredir.host.Host`."""
+
+    def __init__(self, connection: Connection, log: Callable[[LogLevel, str], None] | None = None) -> None:
+        self.connection = connection
+        self.read = connection.read  # type: ignore[method-assign]
+        self.write = connection.write  # type: ignore[method-assign]
+        self.writev = connection.writev
+        self._log = log
+
+    def log(self, level: LogLevel, message: str) -> None:
+        """Hand a message to the function that was given, else to the logger "usbredir.host"."""
+        (self._log or super().log)(level, message)
+
+
+def serve(
+    connection: Connection,
+    device: UsbDevice,
+    *,
+    version: str = VERSION,
+    limits: Limits = Limits(),  # noqa: B008 - immutable
+    log: Callable[[LogLevel, str], None] | None = None,
+    listener: Listener | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Serve one guest with *device*, in this thread, until it leaves or *stop* says so; the device is released then.
+
+    Other guests that come to *listener* meanwhile are turned away. Raises DeviceRejectedError, DeviceLostError,
+    DeviceClaimError, RemoteProtocolError (the connection is of no use any more) and OSError. Threads: one.
+    """
+    callbacks = HostConnection(connection, log)
+    with Host(callbacks, device, version=version, limits=limits) as host:
+        try:
+            while not stop():
+                _serve_round(host, device, connection, listener)
+        except ConnectionClosed:
+            return
+        finally:
+            with contextlib.suppress(OSError):
+                host.write_guest_data()
+
+
+def _serve_round(host: Host, device: UsbDevice, connection: Connection, listener: Listener | None) -> None:
+    """One round: wait, read requests, complete transfers, write answers."""
+    events = 0 if host.reading_paused else POLLIN
+    if host.has_data_to_write():
+        events |= POLLOUT
+    wanted = [(connection.fileno(), events), *device.pollfds()]
+    if listener is not None:
+        wanted.append((listener.fileno(), POLLIN))
+    ready = poll(wanted, device.next_timeout())
+    if ready.get(connection.fileno(), 0) & (POLLIN | POLL_ERRORS):
+        host.read_guest_data()
+    device.handle_events(0)
+    host.write_guest_data()
+    if listener is not None and listener.fileno() in ready:
+        name = listener.refuse()
+        if name:
+            host.log(LogLevel.WARNING, f"another guest from {name} was turned away: one at a time")
+
+
+# ---------------------------------------------------------------- a guest on a connection
+
+
+class GuestConnection(GuestCallbacks):
+    """Joins a guest to a connection. Threads: as :class:`~usbredir.guest.Guest`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.read = connection.read  # type: ignore[method-assign]
+        self.write = connection.write  # type: ignore[method-assign]
+        self.writev = connection.writev
+
+    def wait(self, timeout: float | None, *, writing: bool) -> None:
+        """Block until the socket can be read, or with *writing* written."""
+        poll([(self.connection.fileno(), POLLIN | (POLLOUT if writing else 0))], timeout)
