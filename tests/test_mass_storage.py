@@ -201,6 +201,13 @@ def test_eject_and_bus_reset() -> None:
     assert works(host)
 
 
+def test_fixed_disk() -> None:
+    host = initiator(MassStorage(CONTENT, removable=False))
+    assert host.command(INQUIRY, 36).data[1] == 0
+    assert host.command(EJECT).status == FAILED
+    assert works(host)
+
+
 def test_read_only() -> None:
     host = initiator(MassStorage(CONTENT, read_only=True))
     assert host.command(write10(0, 1), data=bytes(512)) == (FAILED, 512, b"", "out")

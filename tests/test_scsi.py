@@ -315,6 +315,11 @@ def test_fixed_disk_cannot_be_ejected() -> None:
     assert run(disk, bytes.fromhex("1b0000000000")).status is ScsiStatus.GOOD
 
 
+def test_starting_a_started_disk_does_nothing(recorded: ScsiDisk, recorder: Recorder) -> None:
+    assert run(recorded, bytes.fromhex("1b0000000100")).status is ScsiStatus.GOOD
+    assert recorder.calls == []
+
+
 def test_power_conditions_are_ignored(disk: ScsiDisk) -> None:
     assert run(disk, bytes.fromhex("1b0000003200")).status is ScsiStatus.GOOD
     assert disk.medium_present

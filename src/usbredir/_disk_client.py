@@ -46,10 +46,9 @@ class DiskClient:
         data = self._read_command(struct.pack(">BBBHB", 0x12, 0, 0, 36, 0), 36)
         if len(data) < 36:
             raise DeviceError(f"an INQUIRY answer of {len(data)} bytes: 36 are the least")
-        vendor, product, revision = (
-            data[a:b].decode("ascii", "replace").strip() for a, b in ((8, 16), (16, 32), (32, 36))
+        return Inquiry(
+            *(escape(data[a:b].decode("ascii", "replace")).strip() for a, b in ((8, 16), (16, 32), (32, 36)))
         )
-        return Inquiry(vendor, product, revision)
 
     def test_unit_ready(self) -> bool:
         """Whether the disk can be used; a first "unit attention" is cleared by asking."""

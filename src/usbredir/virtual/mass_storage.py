@@ -88,6 +88,7 @@ class MassStorage(VirtualDevice):
         source: path of an image file or block device, used in place; or the content, kept in
             memory; or a medium of one's own. The device closes it.
         read_only: write protected.
+        removable: the guest can eject the disk. Without, guests ask less often whether it is still there.
         speed: FULL, HIGH or SUPER.
         serial: serial number, at least 12 digits 0-9 A-F (BOT, 4.1.1). By default made from *source*, the
             same each time.
@@ -104,6 +105,7 @@ class MassStorage(VirtualDevice):
         source: str | os.PathLike[str] | Buffer | Medium,
         *,
         read_only: bool = False,
+        removable: bool = True,
         speed: Speed = Speed.HIGH,
         serial: str | None = None,
     ) -> None:
@@ -118,7 +120,14 @@ class MassStorage(VirtualDevice):
             bos=_BOS if speed is Speed.SUPER else None,
         )
         self._medium = _open_medium(source, read_only)
-        self._disk = ScsiDisk(self._medium, read_only=read_only, vendor=_MANUFACTURER, product=_PRODUCT, serial=serial)
+        self._disk = ScsiDisk(
+            self._medium,
+            read_only=read_only,
+            removable=removable,
+            vendor=_MANUFACTURER,
+            product=_PRODUCT,
+            serial=serial,
+        )
         self._abandon_command()
 
     @property
