@@ -28,7 +28,7 @@ __all__ = ["Decoder"]
 READ_SIZE = 64 * 1024
 """Bytes asked for while packets are small. More is slower: above 128 KiB each recv() maps and unmaps memory."""
 LARGE = 16 * 1024
-"""A payload that misses this many bytes is read on its own, without being joined to anything else."""
+"""The rest of an open packet of this size is read on its own, without being joined to anything else."""
 NEXT_IS_LARGE = 32 * 1024
 """Behind a payload of this size the next is probably as large: only its headers are read, so that the payload
 then arrives in pieces of its own, without a copy."""
@@ -202,7 +202,7 @@ class Decoder:
                         raise Reject(self._size_problem(packet_type, length))
                     stop = start + length
                     if stop > end:
-                        if stop - end >= LARGE and start + size <= end:
+                        if length >= LARGE and start + size <= end:
                             pos = self._begin_large(packet_type, start, size, stop, packet_id)
                         break
                     pos = stop
@@ -211,7 +211,7 @@ class Decoder:
                     continue
                 stop = start + length
                 if stop > end:
-                    if stop - end >= LARGE and start + size <= end:
+                    if length >= LARGE and start + size <= end:
                         pos = self._begin_large(packet_type, start, size, stop, packet_id)
                     break
                 pos = stop

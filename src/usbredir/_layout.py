@@ -218,6 +218,8 @@ def _decoder(
     if parts:
         lines.append(f"    {', '.join(name for name, _ in parts)}, = unpack(buffer, start)")
     lines += _conversions(declaration, both, namespace)
+    if declaration.transfers:
+        lines.append("    size = len(data)")
     lines += _checks(declaration, travel, max_bulk)
     lines.append(f"    return new(cls, ({', '.join(declaration.stored)},))")
     source = "def decode(buffer, start, id, data):\n" + "\n".join(lines)
@@ -269,16 +271,17 @@ def _encoder(
         lines.append("    if data.__class__ is not bytes: data = snapshot(data)")
     values = []
     for f in declaration.fields:
-        if f.wire.high_half_since is not None:
+        if f.wire.high_half_since is not None and not has(both, f.wire.high_half_since):
             lines.append(f"    if not 0 <= {f.name} <= 0xFFFFFFFF: raise Reject('field_range')")
-            if not has(both, f.wire.high_half_since):
-                lines.append(f"    {f.name} &= 0xFFFF")
+            lines.append(f"    {f.name} &= 0xFFFF")
         if f.wire.since and f.wire.present(both):
             namespace["default_" + f.name] = f.default
             lines.append(f"    if {f.name} is None: {f.name} = default_{f.name}")
         if f.wire.in_data:
             namespace["to_" + f.name] = f.wire.to_wire
             lines.append(f"    data = to_{f.name}({f.name})")
+    if declaration.has_data:
+        lines.append("    size = len(data)")
     lines += _checks(declaration, travel, max_bulk)
     for name, wire in parts:
         if name.endswith("_high"):
@@ -290,10 +293,10 @@ def _encoder(
             values.append(f"to_{name}({name})")
         else:
             values.append(name)
-    data_size = " + len(data)" if declaration.has_data else ""
-    head = f"pack({', '.join([str(int(declaration.packet_type)), f'{size}{data_size}', id_value, *values])})"
+    length = f"{size} + size" if declaration.has_data else str(size)
+    head = f"pack({', '.join([str(int(declaration.packet_type)), length, id_value, *values])})"
     if declaration.has_data:
-        lines.append(f"    if len(data) <= {SMALL}: return {head} + data")
+        lines.append(f"    if size <= {SMALL}: return {head} + data")
         lines.append(f"    return {head}, data")
     else:
         lines.append(f"    return {head}")
@@ -323,7 +326,7 @@ def _needs(declaration: Declaration, allowed: bool) -> list[str]:
 
 
 def _checks(declaration: Declaration, travel: Direction, max_bulk: int) -> list[str]:
-    """The rules of a packet, the same for both sides, in the original's order."""
+    """The rules of a packet, the same for both sides, in the original's order. *size* is that of the data."""
     lines = []
     for f in declaration.fields:
         if f.at_most is not None:
@@ -334,8 +337,8 @@ def _checks(declaration: Declaration, travel: Direction, max_bulk: int) -> list[
     if declaration.transfers:
         data_way = "endpoint & 0x80" if travel is Direction.HOST_TO_GUEST else "not endpoint & 0x80"
         lines.append(f"    if {data_way}:")
-        lines.append("        if len(data) != length: raise Reject('data_length_mismatch')")
-        lines.append("    elif data: raise Reject('unexpected_data')")
+        lines.append("        if size != length: raise Reject('data_length_mismatch')")
+        lines.append("    elif size: raise Reject('unexpected_data')")
         if declaration.data_only in (travel, Direction.BOTH):
             lines.append("    else: raise Reject('wrong_direction')")
     return lines

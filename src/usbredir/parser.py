@@ -161,6 +161,7 @@ class Parser:
         self._queue = OutputQueue(
             self._guard, limits, callbacks.write, getattr(callbacks, "writev", None), owned=write_owns_buffer
         )
+        self._push = self._queue.push
         receives = Direction.GUEST_TO_HOST if usb_host else Direction.HOST_TO_GUEST
         self._decoder = Decoder(receives, limits, self._special_packet)
         self._settle()
@@ -277,7 +278,7 @@ class Parser:
             raise self._refused(packet, REASONS[reject.reason], reject.reason) from None
         except (struct.error, ValueError, TypeError, OverflowError) as error:
             raise self._refused(packet, str(error), "field_range") from error
-        self._queue.push(entry)
+        self._push(entry)
 
     def _encoder(self, packet: Packet) -> Callable[[Packet], Entry]:
         if not isinstance(packet, Packet):
