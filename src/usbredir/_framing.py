@@ -144,8 +144,8 @@ class Decoder:
             return min(self._missing, max(self._trust, self._received))
         return self._ask
 
-    def take(self, piece: bytes) -> None:
-        """Add received bytes, at most :meth:`wanted` of them. Call :meth:`parse` next."""
+    def take(self, piece: bytes | memoryview) -> None:
+        """Add received bytes, at most :meth:`wanted` of them, which nobody changes. Call :meth:`parse` next."""
         self._ask = READ_SIZE
         skip = skippable(self.skip)
         if skip:
@@ -158,10 +158,10 @@ class Decoder:
             self._chunk = self._chunk[self._pos :] + piece
             self._pos = 0
         else:
-            self._chunk = piece
+            self._chunk = bytes(piece)  # no copy for bytes
             self._pos = 0
 
-    def _take_payload(self, piece: bytes) -> None:
+    def _take_payload(self, piece: bytes | memoryview) -> None:
         self._missing -= len(piece)
         self._received += len(piece)
         parts = self._parts

@@ -95,6 +95,8 @@ class Reader:
     def block(self, most: int | None) -> bytes:
         """A count and that many bytes, at most *most*."""
         count = self.number()
+        if count > len(self._state) - self._pos:
+            raise state_error("state_underrun")
         if most is not None and count > most:
             raise state_error("state_overrun")
         return self._bytes(count)

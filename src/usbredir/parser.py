@@ -58,6 +58,12 @@ BY_ITSELF = (PacketType.HELLO, PacketType.DEVICE_DISCONNECT_ACK)
 """Packets that the parser sends, never the application."""
 
 
+SPARE = 256 * 1024
+"""Bytes that are allocated at once for ``readinto``."""
+LEAST_SPARE = 16 * 1024
+"""With fewer bytes left new memory is allocated, unless fewer are wanted."""
+
+
 class LogLevel(enum.IntEnum):
     """Levels of log messages, as in the original."""
 
@@ -157,6 +163,7 @@ class Parser:
         self._peer: int | None = None
         self._reading = False
         self._readinto: Callable[[memoryview], int | None] | None = getattr(callbacks, "readinto", None)
+        self._spare = memoryview(b"")
         self._guard = Guard(locks)
         self._queue = OutputQueue(
             self._guard, limits, callbacks.write, getattr(callbacks, "writev", None), owned=write_owns_buffer
@@ -212,27 +219,34 @@ class Parser:
         finally:
             self._reading = False
 
-    def _read_piece(self, count: int) -> bytes | None:
+    def _read_piece(self, count: int) -> bytes | memoryview | None:
         piece: bytes | bytearray | memoryview | None
         if self._readinto is not None:
-            buffer = memoryview(bytearray(count))
-            received = self._readinto(buffer)
-            if received is None:
-                return None
-            if not 0 <= received <= count:
-                raise ValueError(f"readinto() returned {received} although the buffer has {count} bytes")
-            piece = buffer[:received]
+            piece = self._read_into(self._readinto, count)
         else:
             piece = self._callbacks.read(count)
-            if piece is None:
-                return None
-        if not isinstance(piece, bytes):
-            piece = bytes(piece)
+            if isinstance(piece, (bytearray, memoryview)):
+                piece = bytes(piece)  # the application may use its buffer again
+        if piece is None:
+            return None
         if not piece:
             raise ConnectionClosed("the peer closed the connection")
         if len(piece) > count:
             raise ValueError(f"read() returned {len(piece)} bytes although at most {count} were asked for")
         return piece
+
+    def _read_into(self, readinto: Callable[[memoryview], int | None], count: int) -> memoryview | None:
+        """Read into fresh memory that no later read overwrites, so that large payloads are copied only once."""
+        if len(self._spare) < min(count, LEAST_SPARE):
+            self._spare = memoryview(bytearray(SPARE))
+        buffer = self._spare[:count]
+        received = readinto(buffer)
+        if received is None:
+            return None
+        if not 0 <= received <= len(buffer):
+            raise ValueError(f"readinto() returned {received} although the buffer has {len(buffer)} bytes")
+        self._spare = self._spare[received:]
+        return buffer[:received]
 
     def _special_packet(self, packet_type: int, make: Callable[[], Packet]) -> None:
         """Packets that change the parser's own state."""
