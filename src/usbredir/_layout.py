@@ -30,6 +30,7 @@ __all__ = [
     "AtMost",
     "Declaration",
     "Field",
+    "Large",
     "Reject",
     "Wire",
     "array",
@@ -43,6 +44,19 @@ __all__ = [
 SMALL = 8192
 """Payloads up to this many bytes are copied behind their header, longer ones are queued by reference.
 Copying up to 8 KiB is cheaper than a second buffer (measured: 593 against 1022 ns for 4 KiB)."""
+
+
+class Large:
+    """A packet whose payload is too large to be copied: header and payload. len() is the size of both, in bytes."""
+
+    __slots__ = ("parts", "size")
+
+    def __init__(self, header: bytes, payload: bytes) -> None:
+        self.parts = header, payload
+        self.size = len(header) + len(payload)
+
+    def __len__(self) -> int:
+        return self.size
 
 
 class Reject(Exception):
@@ -264,6 +278,7 @@ def _encoder(
         "Reject": Reject,
         "pack": struct.Struct(header_struct(wide_ids).format + declaration.header_format(both)).pack,
         "snapshot": bytes,
+        "large": Large,
     }
     lines = _needs(declaration, allowed)
     lines.append(f"    {', '.join(declaration.stored)}, = packet")
@@ -297,7 +312,7 @@ def _encoder(
     head = f"pack({', '.join([str(int(declaration.packet_type)), length, id_value, *values])})"
     if declaration.has_data:
         lines.append(f"    if size <= {SMALL}: return {head} + data")
-        lines.append(f"    return {head}, data")
+        lines.append(f"    return large({head}, data)")
     else:
         lines.append(f"    return {head}")
     source = "def encode(packet):\n" + "\n".join(lines)
@@ -306,8 +321,8 @@ def _encoder(
 
 def compile_encoder(
     declaration: Declaration, wide_ids: bool, both: int, peer: int, travel: Direction, max_bulk: int
-) -> Callable[[Any], bytes | tuple[bytes, bytes]]:
-    """``encode(packet)``: the whole packet as bytes, or (header, payload) for a payload above :data:`SMALL`.
+) -> Callable[[Any], bytes | Large]:
+    """``encode(packet)``: the whole packet as bytes, or :class:`Large` for a payload above :data:`SMALL`.
 
     The encoder raises :class:`Reject`, and struct.error, ValueError or TypeError for a value that has no place
     in its field.

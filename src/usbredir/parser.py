@@ -287,14 +287,19 @@ class Parser:
         Threads: any number of callers.
         """
         try:
-            entry = (self._encoders.get(packet.__class__) or self._encoder(packet))(packet)
+            entry = self._encoders[packet.__class__](packet)
+        except KeyError:
+            self._encoder(packet)
+            self.send(packet)
+            return
         except Reject as reject:
             raise self._refused(packet, REASONS[reject.reason], reject.reason) from None
         except (struct.error, ValueError, TypeError, OverflowError) as error:
             raise self._refused(packet, str(error), "field_range") from error
         self._push(entry)
 
-    def _encoder(self, packet: Packet) -> Callable[[Packet], Entry]:
+    def _encoder(self, packet: Packet) -> None:
+        """Make the encoder of a type that is sent for the first time."""
         if not isinstance(packet, Packet):
             raise TypeError(f"not a packet: {packet!r}")
         encoders = self._encoders
@@ -305,8 +310,7 @@ class Parser:
             )
         if not declaration.may_travel(self._sends):
             raise self._refused(packet, f"it does not travel {self._sends.value}", "send_type_not_allowed")
-        encoder = encoders[type(packet)] = self._compile(packet)
-        return encoder
+        encoders[type(packet)] = self._compile(packet)
 
     def _compile(self, packet: Packet) -> Callable[[Packet], Entry]:
         peer = self._peer or 0

@@ -1,0 +1,95 @@
+"""usbredir._streams: one run of receiving, by itself. What a host does with it is in test_host_streams.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from usbredir._streams import TRANSITIONS, Stream, StreamInput, StreamState, data_packet, status_packet
+from usbredir.device import Transfer
+from usbredir.packets import (
+    BufferedBulkPacket,
+    BulkReceivingStatus,
+    InterruptPacket,
+    InterruptReceivingStatus,
+    IsoStreamStatus,
+    Packet,
+)
+from usbredir.proto import Status, TransferType
+
+
+def stream(kind: TransferType = TransferType.BULK, count: int = 3, recoveries: int = 0) -> Stream:
+    def completed(transfer: Transfer) -> None:
+        raise AssertionError("nothing completes here")
+
+    return Stream(kind, 0x81, count, 512, completed, recoveries)
+
+
+def after(state: StreamState, event: StreamInput) -> StreamState:
+    """The rules in words: an ended run stays ended, an end ends; otherwise overload pauses and relief resumes."""
+    if StreamState.ENDED is state or event is StreamInput.END:
+        return StreamState.ENDED
+    return StreamState.PAUSED if event is StreamInput.OVERLOAD else StreamState.RUNNING
+
+
+@pytest.mark.parametrize("event", StreamInput)
+@pytest.mark.parametrize("state", StreamState)
+def test_every_input_in_every_state(state: StreamState, event: StreamInput) -> None:
+    run = stream()
+    run.state = state
+    run.feed(event)
+    assert run.state is after(state, event)
+
+
+def test_the_table_has_nothing_else() -> None:
+    assert set(TRANSITIONS) == {(state, event) for state in StreamState for event in StreamInput}
+
+
+def test_a_new_run() -> None:
+    """It runs, with transfers of its own that are ready to be submitted."""
+    run = stream(count=3, recoveries=2)
+    assert run.state is StreamState.RUNNING
+    assert (run.idle, run.recoveries, run.size) == ([], 2, 3 * 512)
+    assert len(set(run.transfers)) == 3
+    for transfer in run.transfers:
+        assert (transfer.kind, transfer.endpoint, transfer.length) == (TransferType.BULK, 0x81, 512)
+        assert transfer.context is run
+        assert transfer.timeout == 0
+
+
+def test_runs_share_nothing() -> None:
+    """A stop and a new start may overlap."""
+    old, new = stream(), stream()
+    assert not set(old.transfers) & set(new.transfers)
+    old.feed(StreamInput.END)
+    assert new.state is StreamState.RUNNING
+
+
+def test_ids_count_from_zero() -> None:
+    run = stream()
+    assert [run.take_id() for _ in range(5)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "packet"),
+    [
+        (TransferType.INTERRUPT, InterruptPacket(id=9, endpoint=0x81, status=Status.BABBLE, data=b"abc")),
+        (TransferType.BULK, BufferedBulkPacket(id=9, endpoint=0x81, status=Status.BABBLE, data=b"abc")),
+    ],
+)
+def test_data_packet(kind: TransferType, packet: Packet) -> None:
+    assert data_packet(stream(kind), 9, Status.BABBLE, b"abc") == packet
+
+
+@pytest.mark.parametrize(
+    ("kind", "packet"),
+    [
+        (TransferType.ISO, IsoStreamStatus(id=7, endpoint=0x84, status=Status.STALL)),
+        (TransferType.INTERRUPT, InterruptReceivingStatus(id=7, endpoint=0x84, status=Status.STALL)),
+        (TransferType.BULK, BulkReceivingStatus(id=7, endpoint=0x84, status=Status.STALL, stream_id=0)),
+        (TransferType.CONTROL, None),
+        (TransferType.INVALID, None),
+    ],
+)
+def test_status_packet(kind: TransferType, packet: Packet | None) -> None:
+    """The endpoint's type decides; what cannot stream gets no answer."""
+    assert status_packet(kind, 0x84, Status.STALL, 7) == packet
