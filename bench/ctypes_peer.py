@@ -20,13 +20,16 @@ __all__ = ["CtypesEnd", "load"]
 _FLAG_HOST, _FLAG_NO_HELLO = 1, 4
 
 # The members of struct usbredirparser up to hello_func, all pointers. Source: usbredirparser.h.
-_MEMBERS = """
-    priv log read write device_connect device_disconnect reset interface_info ep_info set_configuration
-    get_configuration configuration_status set_alt_setting get_alt_setting alt_setting_status start_iso_stream
-    stop_iso_stream iso_stream_status start_interrupt_receiving stop_interrupt_receiving interrupt_receiving_status
-    alloc_bulk_streams free_bulk_streams bulk_streams_status cancel_data_packet control_packet bulk_packet
-    iso_packet interrupt_packet alloc_lock lock unlock free_lock hello
-""".split()
+# fmt: off
+_MEMBERS = (
+    "priv", "log", "read", "write", "device_connect", "device_disconnect", "reset", "interface_info", "ep_info",
+    "set_configuration", "get_configuration", "configuration_status", "set_alt_setting", "get_alt_setting",
+    "alt_setting_status", "start_iso_stream", "stop_iso_stream", "iso_stream_status", "start_interrupt_receiving",
+    "stop_interrupt_receiving", "interrupt_receiving_status", "alloc_bulk_streams", "free_bulk_streams",
+    "bulk_streams_status", "cancel_data_packet", "control_packet", "bulk_packet", "iso_packet", "interrupt_packet",
+    "alloc_lock", "lock", "unlock", "free_lock", "hello",
+)
+# fmt: on
 
 
 class _Parser(C.Structure):

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+from wire import Kind, hello
 
 from usbredir.locking import LockCallbacks
 from usbredir.packets import BulkPacket, ControlPacket, InterruptPacket, Packet
 from usbredir.parser import Parser, ParserCallbacks
-from wire import Kind, hello
 
-__all__ = ["End", "MemorySink", "MemorySource", "Received", "Transport", "UsbredirEnd"]
+__all__ = ["CountingSink", "End", "MemorySink", "MemorySource", "Received", "Transport", "UsbredirEnd"]
 
-Received = Callable[[int, bytes], object]
+Received = Callable[[int, "bytes | bytearray | memoryview"], object]
 """Called with id and data of each packet."""
 
 
 class Transport(Protocol):
     """Where bytes come from and go to, as usbredir's callbacks want it. May have ``writev`` too."""
 
-    def read(self, count: int, /) -> bytes | None: ...
+    def read(self, count: int) -> bytes | None: ...
 
-    def write(self, data: bytes | memoryview, /) -> int | None: ...
+    def write(self, data: Any) -> int | None: ...  # bytes or a memoryview, as the implementation has it
 
 
 class End(Protocol):
@@ -119,12 +120,11 @@ class UsbredirEnd:
 
 
 class MemorySource:
-    """A transport that gives the bytes it was loaded with, a hello first; counts its calls."""
+    """A transport that gives the bytes it was loaded with, a hello first."""
 
     def __init__(self) -> None:
         self.data = hello()
         self.position = 0
-        self.calls = 0
 
     def load(self, data: bytes) -> None:
         """Give *data* from now on."""
@@ -132,7 +132,6 @@ class MemorySource:
 
     def read(self, count: int) -> bytes | None:
         """The next bytes."""
-        self.calls += 1
         start = self.position
         piece = self.data[start : start + count]
         self.position = start + len(piece)
@@ -144,30 +143,45 @@ class MemorySource:
 
 
 class MemorySink(MemorySource):
-    """A transport that takes all it is given. It copies, as a socket does; counts calls, buffers and bytes."""
+    """A transport that takes all it is given. It copies, as a socket does."""
 
     def __init__(self) -> None:
         super().__init__()
         self._room = memoryview(bytearray(2 * 1024 * 1024))
-        self.writes = self.buffers = self.bytes = 0
 
     def write(self, data: bytes | memoryview) -> int:
         """Take one buffer."""
         size = len(data)
         self._room[:size] = data
-        self.writes += 1
-        self.buffers += 1
-        self.bytes += size
         return size
 
     def writev(self, buffers: Sequence[memoryview]) -> int:
         """Take several buffers."""
-        total = 0
+        room, total = self._room, 0
         for data in buffers:
             size = len(data)
-            self._room[:size] = data
+            room[:size] = data
             total += size
+        return total
+
+
+class CountingSink(MemorySink):
+    """The same, and counts calls, buffers and bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = self.buffers = self.bytes = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take one buffer."""
+        self.writes += 1
+        self.buffers += 1
+        self.bytes += len(data)
+        return super().write(data)
+
+    def writev(self, buffers: Sequence[memoryview]) -> int:
+        """Take several buffers."""
         self.writes += 1
         self.buffers += len(buffers)
-        self.bytes += total
-        return total
+        self.bytes += sum(map(len, buffers))
+        return super().writev(buffers)

@@ -14,14 +14,14 @@ import os
 import socket
 import sys
 import threading
-from functools import lru_cache
+from functools import cache
 
 from wire import KINDS, hello, stream
 
 _PIECE = 256 * 1024
 
 
-@lru_cache(maxsize=None)
+@cache
 def _ready_made(kind: int) -> tuple[bytes, int]:
     """Packets of about the size of one write, and how many these are."""
     count = max(1, _PIECE // (KINDS[kind].size + 26))

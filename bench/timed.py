@@ -22,9 +22,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from endpoints import End, MemorySink, MemorySource, Received, Transport
-from usbredir.transport import Connection
+from endpoints import CountingSink, End, MemorySink, MemorySource, Received, Transport
 from wire import KINDS, Kind, stream
+
+from usbredir.transport import Connection
 
 __all__ = ["CReceiver", "Implementation", "Row", "memory_rows", "run_rounds", "tcp_rows"]
 
@@ -154,27 +155,32 @@ def _parsing(implementation: Implementation, kind: Kind, ends: ExitStack) -> Cal
 def _sending(implementation: Implementation, kind: Kind, gather: int, ends: ExitStack) -> Callable[[], float]:
     count = max(gather, _packets(kind) // gather * gather)
     data = kind.payload
-    sink = MemorySink()
-    end = implementation.make(sink, usb_host=True)
-    ends.callback(end.close)
-    end.receive()
-    assert end.connected
-    send, flush = end.sender(kind), end.flush
 
-    def run_each() -> None:
-        for packet_id in range(count):
-            send(packet_id, data)
-            flush()
+    def prepare(sink: MemorySink) -> Callable[[], None]:
+        end = implementation.make(sink, usb_host=True)
+        ends.callback(end.close)
+        end.receive()
+        assert end.connected
+        send, flush = end.sender(kind), end.flush
 
-    def run_gathered() -> None:
-        for first in range(0, count, gather):
-            for packet_id in range(first, first + gather):
+        def run_each() -> None:
+            for packet_id in range(count):
                 send(packet_id, data)
-            flush()
+                flush()
 
-    run = run_each if gather == 1 else run_gathered
+        def run_gathered() -> None:
+            for first in range(0, count, gather):
+                for packet_id in range(first, first + gather):
+                    send(packet_id, data)
+                flush()
+
+        return run_each if gather == 1 else run_gathered
+
+    checked = CountingSink()
+    prepare(checked)()
+    assert checked.bytes == len(stream(kind, 1)) * count, (implementation.name, kind)
+    run = prepare(MemorySink())
     run()
-    assert sink.bytes == len(stream(kind, 1)) * count, (implementation.name, kind)
     return lambda: _timed(run, count)
 
 
@@ -295,7 +301,9 @@ def _receiving(implementation: Implementation, peer: Peer, index: int, count: in
     return measure
 
 
-def _sending_tcp(implementation: Implementation, peer: Peer, kind: Kind, gather: int, count: int) -> Callable[[], float]:
+def _sending_tcp(
+    implementation: Implementation, peer: Peer, kind: Kind, gather: int, count: int
+) -> Callable[[], float]:
     data = kind.payload
 
     def measure() -> float:

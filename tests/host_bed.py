@@ -17,13 +17,13 @@ from usbredir.descriptors import Configuration, DeviceDescriptor, Endpoint, Inte
 from usbredir.device import Transfer, UsbDevice
 from usbredir.host import Host, HostCallbacks
 from usbredir.limits import Limits
-from usbredir.locking import LockCallbacks
+from usbredir.locking import LockCallbacks, ThreadingLocks
 from usbredir.packets import Packet
 from usbredir.parser import LogLevel, Parser, ParserCallbacks
 from usbredir.proto import PacketType, Speed, Status, TransferType
 
 PATIENCE = 30.0
-"""Seconds after which a thread counts as stuck."""
+"""Seconds after which a thread counts as stuck, or something that a thread waits for as lost."""
 
 BULK_OUT, BULK_IN, BULK_IN_2 = 0x01, 0x81, 0x83
 INTERRUPT_OUT, INTERRUPT_IN = 0x02, 0x82
@@ -166,7 +166,8 @@ class FakeDevice:
         return int(result)
 
     def cancel(self, transfer: Transfer) -> None:
-        self.cancelled.append(transfer)
+        if transfer not in self.cancelled:
+            self.cancelled.append(transfer)
         self._call("cancel", transfer.endpoint, default=None)
 
     def handle_events(self, timeout: float | None = 0.0) -> None:
@@ -223,6 +224,7 @@ class RecordingLocks(LockCallbacks):
         self.allocated: list[object] = []
         self.freed: list[object] = []
         self.nested: set[tuple[int, int]] = set()
+        self.taken: list[int] = []  # by number of allocation, in order
         self._local = threading.local()
 
     @property
@@ -242,6 +244,7 @@ class RecordingLocks(LockCallbacks):
         for outer in self.held:
             self.nested.add((self.allocated.index(outer), self.allocated.index(lock)))
         lock.acquire()  # type: ignore[attr-defined]
+        self.taken.append(self.allocated.index(lock))
         self.held.append(lock)
 
     def unlock(self, lock: object, /) -> None:
@@ -271,6 +274,7 @@ class _HostEnd(HostCallbacks):
     def flush_writes(self) -> None:
         self.bed.check_no_lock()
         self.bed.flushes += 1
+        self.bed.on_flush()
         if self.bed.writes_on_flush and self.bed.ready:
             self.bed.host.write_guest_data()
 
@@ -298,6 +302,7 @@ class _GuestEnd(ParserCallbacks):
     def packet_received(self, packet: Packet) -> None:
         self.bed.received.append(packet)
         self.bed.journal.append(packet)
+        self.bed.on_packet(packet)
 
 
 class Bed:
@@ -316,6 +321,8 @@ class Bed:
         acks: acknowledgements that the guest holds back until :meth:`acknowledge`.
         blocked: the connection takes nothing.
         flushes: calls of flush_writes.
+        writes_on_flush: flush_writes writes; otherwise the test does.
+        on_packet, on_flush: called with each packet that the guest got, and in flush_writes.
     """
 
     def __init__(
@@ -338,12 +345,14 @@ class Bed:
         self.writes_on_flush = True
         self.at_end = False
         self.flushes = 0
+        self.on_packet: Callable[[Packet], object] = lambda packet: None
+        self.on_flush: Callable[[], object] = lambda: None
         self.ready = False
         self._acknowledges = acknowledges
         self._hello = b""
         self._seen = 0
         self._guest_end = _GuestEnd(self)
-        self.guest = Parser(self._guest_end, capabilities=capabilities)
+        self.guest = Parser(self._guest_end, capabilities=capabilities, locks=ThreadingLocks())
         self.host = Host(_HostEnd(self), device, locks=locks, limits=limits or Limits())
         self.ready = True
         self.host.write_guest_data()
@@ -384,7 +393,6 @@ class Bed:
             return None
         self._guest_end.input.append(bytes(data))
         self.guest.do_read()
-        self.guest.do_write()
         return len(data)
 
     def said(self, data: bytes) -> None:
@@ -406,6 +414,7 @@ class Bed:
 
     def acknowledge(self) -> list[Packet]:
         """The guest confirms the oldest device_disconnect that it has not confirmed."""
+        self.guest.do_write()
         self.input.append(self.acks.pop(0))
         return self.run()
 
@@ -417,7 +426,8 @@ class Bed:
 
     def say_bytes(self, data: bytes) -> None:
         """The guest sends anything."""
-        self.input.append(data)
+        if data:
+            self.input.append(data)
 
     def run(self) -> list[Packet]:
         """The host reads; the packets that came of it."""
@@ -459,7 +469,7 @@ def run_together(*functions: Callable[[], object]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(PATIENCE)
+        thread.join(2 * PATIENCE)
         assert not thread.is_alive() or failures, "deadlock: a thread does not end"
     if failures:
         raise failures[0]

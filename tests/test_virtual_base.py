@@ -1,0 +1,840 @@
+"""VirtualDevice: what is the same for every device made of Python, with a small device and a clock that is set."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from usbredir.descriptors import (
+    Configuration,
+    DescriptorType,
+    DeviceDescriptor,
+    Endpoint,
+    Interface,
+    bos_descriptor,
+    build_configuration,
+)
+from usbredir.device import IsoResult, Transfer, UsbDevice
+from usbredir.errors import DeviceLostError
+from usbredir.proto import Speed, Status, TransferType
+from usbredir.transport import poll
+from usbredir.virtual import Answer, Setup, VirtualDevice
+
+PATIENCE = 60.0
+"""Seconds after which a thread counts as stuck."""
+BULK, CONTROL, INTERRUPT, ISO = TransferType.BULK, TransferType.CONTROL, TransferType.INTERRUPT, TransferType.ISO
+IN, OUT, OTHER_IN, ISO_IN, ISO_OUT = 0x81, 0x02, 0x83, 0x84, 0x05
+DEVICE_DESCRIPTOR = DeviceDescriptor(0x0200, 0xFF, 0, 0, 64, 0x1209, 2, 0x0100, 1, 2, 3, configurations=2).to_bytes()
+FIRST = build_configuration(
+    Configuration(
+        1,
+        attributes=0xC0,
+        interfaces=(
+            Interface(
+                0, 0, 0xFF, endpoints=(Endpoint(IN, BULK, 512), Endpoint(OUT, BULK, 512), Endpoint(OTHER_IN, BULK, 512))
+            ),
+            Interface(1, 0, 0xFF),
+            Interface(1, 1, 0xFF, endpoints=(Endpoint(ISO_IN, ISO, 64, 1), Endpoint(ISO_OUT, ISO, 64, 1))),
+        ),
+    )
+)
+SECOND = build_configuration(Configuration(5, attributes=0x80, interfaces=(Interface(0, 0, 0xFF),)))
+BOS = bos_descriptor([])
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Device(VirtualDevice):
+    """Answers what the test puts into ``answers``, by endpoint; NAK otherwise. Writes down what happens."""
+
+    def __init__(self, **options: Any) -> None:
+        self.clock = Clock()
+        self.events: list[object] = []
+        self.answers: dict[int, Any] = {}
+        self.accept: Answer | None = None
+        self.control: Callable[[Setup, bytes], Any] = lambda setup, data: Answer.STALL
+        arguments = {
+            "device_descriptor": DEVICE_DESCRIPTOR,
+            "configurations": [FIRST, SECOND],
+            "strings": {1: "maker", 2: "Gerät ☃", 3: "x" * 200},
+            "clock": self.clock,
+            **options,
+        }
+        super().__init__(**arguments)
+
+    def data_in(self, endpoint: int, length: int) -> Any:
+        answer = self.answers.get(endpoint, Answer.NAK)
+        if isinstance(answer, list):
+            return answer.pop(0) if answer else Answer.NAK
+        return answer
+
+    def data_out(self, endpoint: int, data: bytes | bytearray | memoryview) -> Answer | None:
+        self.events.append((endpoint, bytes(data)))
+        return self.accept
+
+    def control_request(self, setup: Setup, data: bytes) -> Any:
+        return self.control(setup, data)
+
+    def halt_cleared(self, endpoint: int) -> None:
+        self.events.append(("cleared", endpoint))
+
+    def alternate_selected(self, interface: int, alternate: int) -> None:
+        self.events.append(("alternate", interface, alternate))
+
+    def was_reset(self) -> None:
+        self.events.append("reset")
+
+    # ------------------------------------------------------------ for tests
+
+    def start(self, endpoint: int, length: int = 64, data: bytes = b"", **options: Any) -> Transfer:
+        """Submit a bulk transfer. ``context`` is the list of what completed."""
+        done: list[Transfer] = []
+        kind = options.pop("kind", BULK)
+        transfer = Transfer(kind, endpoint, len(data) or length, done.append, data=data, context=done, **options)
+        assert self.submit(transfer) == Status.SUCCESS
+        return transfer
+
+    def request(self, setup: Setup, data: bytes = b"") -> Transfer:
+        """A control request, completed at once."""
+        transfer = self.start(
+            setup.request_type & 0x80, setup.length, data, kind=CONTROL, setup=tuple(setup)[:4], timeout=0
+        )
+        self.handle_events(0)
+        assert is_done(transfer)
+        return transfer
+
+    def read(self, setup: Setup) -> bytes | None:
+        """The answer to a control IN request, or None for a stall."""
+        transfer = self.request(setup)
+        if transfer.status == Status.STALL:
+            return None
+        assert transfer.status == Status.SUCCESS
+        assert transfer.actual_length == len(transfer.data) <= setup.length
+        return bytes(transfer.data)
+
+
+def is_done(transfer: Transfer) -> bool:
+    """Whether a transfer completed, once."""
+    assert isinstance(transfer.context, list)
+    assert len(transfer.context) <= 1, "a transfer completed twice"
+    return transfer.context == [transfer]
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    device = Device()
+    yield device
+    device.close()
+
+
+def get_descriptor(kind: int, index: int = 0, length: int = 4096, language: int = 0) -> Setup:
+    return Setup(0x80, 6, kind << 8 | index, language, length)
+
+
+# ================================================================ description
+
+
+def test_a_virtual_device_is_a_usb_device(device: Device) -> None:
+    assert isinstance(device, UsbDevice)
+    assert device.speed is Speed.HIGH
+    assert device.device_descriptor == DEVICE_DESCRIPTOR
+    assert device.configuration_descriptor == FIRST
+    device.claim()
+
+
+def test_a_device_of_one_s_own_takes_few_lines() -> None:
+    """The defaults: everything NAKs or stalls, everything sent is accepted."""
+    with_defaults = VirtualDevice(device_descriptor=DEVICE_DESCRIPTOR, configurations=[FIRST])
+    assert with_defaults.control_request(Setup(0xC0, 1, 0, 0, 4), b"") is Answer.STALL
+    assert with_defaults.data_in(IN, 5) is Answer.NAK
+    assert with_defaults.data_out(OUT, b"x") is None
+    with_defaults.halt_cleared(IN)
+    with_defaults.alternate_selected(0, 0)
+    with_defaults.was_reset()
+    with_defaults.close()
+
+
+# ================================================================ standard requests
+
+
+@pytest.mark.parametrize(
+    ("setup", "expected"),
+    [
+        (get_descriptor(DescriptorType.DEVICE), DEVICE_DESCRIPTOR),
+        (get_descriptor(DescriptorType.DEVICE, length=8), DEVICE_DESCRIPTOR[:8]),
+        (get_descriptor(DescriptorType.DEVICE, length=0), b""),
+        (get_descriptor(DescriptorType.CONFIGURATION), FIRST),
+        (get_descriptor(DescriptorType.CONFIGURATION, length=9), FIRST[:9]),
+        (get_descriptor(DescriptorType.CONFIGURATION, 1), SECOND),
+        (get_descriptor(DescriptorType.CONFIGURATION, 2), None),
+        (get_descriptor(DescriptorType.STRING, 0), b"\x04\x03\x09\x04"),
+        (get_descriptor(DescriptorType.STRING, 1), b"\x0c\x03" + "maker".encode("utf-16-le")),
+        (get_descriptor(DescriptorType.STRING, 2, language=0x0409), b"\x10\x03" + "Gerät ☃".encode("utf-16-le")),
+        (get_descriptor(DescriptorType.STRING, 3), b"\xfe\x03" + ("x" * 126).encode("utf-16-le")),
+        (get_descriptor(DescriptorType.STRING, 77), None),
+        (get_descriptor(DescriptorType.BOS), None),
+        (get_descriptor(6), None),  # device qualifier
+        (Setup(0x81, 6, 0x2200, 0, 64), None),  # a HID report descriptor
+        (Setup(0x80, 0, 0, 0, 2), b"\x01\x00"),  # GET_STATUS: self powered
+        (Setup(0x81, 0, 0, 0, 2), b"\x00\x00"),
+        (Setup(0x82, 0, 0, IN, 2), b"\x00\x00"),
+        (Setup(0x80, 8, 0, 0, 1), b"\x01"),  # GET_CONFIGURATION
+        (Setup(0x81, 10, 0, 1, 1), b"\x00"),  # GET_INTERFACE
+        (Setup(0x80, 77, 0, 0, 4), None),
+        (Setup(0x83, 0, 0, 0, 2), None),  # recipient "other"
+    ],
+)
+def test_standard_requests(device: Device, setup: Setup, expected: bytes | None) -> None:
+    assert device.read(setup) == expected
+
+
+def test_bos_descriptor() -> None:
+    with_bos = Device(bos=BOS)
+    assert with_bos.read(get_descriptor(DescriptorType.BOS)) == BOS
+    with_bos.close()
+
+
+@pytest.mark.parametrize("request_number", [48, 49])  # SET_SEL, SET_ISOCH_DELAY
+def test_requests_that_need_no_action(device: Device, request_number: int) -> None:
+    assert device.request(Setup(0x00, request_number, 0, 0, 0)).status == Status.SUCCESS
+
+
+def test_remote_wakeup(device: Device) -> None:
+    """SET_FEATURE and CLEAR_FEATURE show in GET_STATUS."""
+    status = Setup(0x80, 0, 0, 0, 2)
+    assert device.request(Setup(0x00, 3, 1, 0, 0)).status == Status.SUCCESS
+    assert device.read(status) == b"\x03\x00"
+    assert device.request(Setup(0x00, 1, 1, 0, 0)).status == Status.SUCCESS
+    assert device.read(status) == b"\x01\x00"
+    device.set_configuration(5)
+    assert device.read(status) == b"\x00\x00"
+
+
+def test_halts_by_request(device: Device) -> None:
+    """SET_FEATURE and CLEAR_FEATURE of ENDPOINT_HALT."""
+    status = Setup(0x82, 0, 0, IN, 2)
+    device.answers[IN] = b"data"
+    assert device.request(Setup(0x02, 3, 0, IN, 0)).status == Status.SUCCESS
+    assert device.read(status) == b"\x01\x00"
+    assert device.is_halted(IN)
+    transfer = device.start(IN)
+    device.handle_events(0)
+    assert (is_done(transfer), transfer.status) == (True, Status.STALL)
+    assert device.request(Setup(0x02, 1, 0, IN, 0)).status == Status.SUCCESS
+    assert device.read(status) == b"\x00\x00"
+    assert device.events == [("cleared", IN)]
+
+
+@pytest.mark.parametrize(
+    "setup", [Setup(0x02, 3, 0, 0x8F, 0), Setup(0x02, 3, 5, IN, 0), Setup(0x00, 3, 9, 0, 0), Setup(0x00, 1, 9, 0, 0)]
+)
+def test_features_that_do_not_exist(device: Device, setup: Setup) -> None:
+    assert device.request(setup).status == Status.STALL
+
+
+def test_features_of_interfaces(device: Device) -> None:
+    """Function suspend: nothing to do."""
+    assert device.request(Setup(0x01, 3, 0, 0, 0)).status == Status.SUCCESS
+
+
+@pytest.mark.parametrize("kind", [0x20, 0x40, 0x60])
+def test_class_and_vendor_requests_go_to_the_hook(device: Device, kind: int) -> None:
+    seen: list[object] = []
+
+    def control(setup: Setup, data: bytes) -> bytes:
+        seen.append((setup, data))
+        return b"0123456789"
+
+    device.control = control
+    assert device.read(Setup(0x80 | kind, 6, 0x0102, 0x0304, 4)) == b"0123"
+    out = Setup(kind, 9, 1, 2, 5)
+    assert device.request(out, b"hello").status == Status.SUCCESS
+    assert seen == [(Setup(0x80 | kind, 6, 0x0102, 0x0304, 4), b""), (out, b"hello")]
+    device.control = lambda setup, data: Answer.STALL
+    assert device.read(Setup(0x80 | kind, 6, 0, 0, 4)) is None
+    assert device.request(out, b"hello").status == Status.STALL
+
+
+def test_a_control_stall_halts_nothing(device: Device) -> None:
+    """The next request works."""
+    assert device.read(Setup(0xC0, 1, 0, 0, 1)) is None
+    assert device.read(Setup(0x80, 8, 0, 0, 1)) == b"\x01"
+
+
+def test_a_control_request_may_take_its_time(device: Device) -> None:
+    """NAK: asked again after notify; others wait behind it, in order."""
+    answers: list[Any] = [Answer.NAK, b"late"]
+    device.control = lambda setup, data: answers.pop(0)
+    first = device.start(0x80, 4, kind=CONTROL, setup=(0xC0, 1, 0, 0))
+    second = device.start(0x80, 1, kind=CONTROL, setup=(0x80, 8, 0, 0))
+    device.handle_events(0)
+    assert not is_done(first)
+    assert not is_done(second)
+    device.notify()
+    device.handle_events(0)
+    assert bytes(first.data) == b"late"
+    assert bytes(second.data) == b"\x01"
+
+
+# ================================================================ transfers
+
+
+@pytest.mark.parametrize("answer", [b"", b"short", bytes(64), bytearray(b"any"), memoryview(b"buffer")])
+def test_data_in(device: Device, answer: bytes) -> None:
+    device.answers[IN] = answer
+    transfer = device.start(IN, 64)
+    assert not is_done(transfer), "completions come inside handle_events"
+    device.handle_events(0)
+    assert is_done(transfer)
+    assert (transfer.status, bytes(transfer.data), transfer.actual_length) == (0, bytes(answer), len(answer))
+
+
+def test_too_much_data_is_a_babble(device: Device) -> None:
+    device.answers[IN] = bytes(range(65))
+    transfer = device.start(IN, 64)
+    device.handle_events(0)
+    assert (transfer.status, bytes(transfer.data), transfer.actual_length) == (Status.BABBLE, bytes(range(64)), 64)
+
+
+def test_data_out(device: Device) -> None:
+    transfer = device.start(OUT, data=b"hello")
+    device.handle_events(0)
+    assert device.events == [(OUT, b"hello")]
+    assert (is_done(transfer), transfer.status, transfer.actual_length) == (True, 0, 5)
+
+
+def test_out_data_that_is_held_back(device: Device) -> None:
+    """NAK: offered again; what is behind it waits."""
+    device.accept = Answer.NAK
+    transfers = [device.start(OUT, data=data) for data in (b"1", b"2")]
+    device.handle_events(0)
+    assert not any(map(is_done, transfers))
+    device.accept = None
+    device.notify()
+    device.handle_events(0)
+    assert all(map(is_done, transfers))
+    assert device.events == [(OUT, b"1"), (OUT, b"1"), (OUT, b"2")]
+
+
+def test_a_nak_waits(device: Device) -> None:
+    """The hook is asked again when something changed, not before."""
+    transfer = device.start(IN)
+    device.handle_events(0)
+    device.answers[IN] = b"now"
+    device.handle_events(0)
+    assert not is_done(transfer)
+    device.notify()
+    device.handle_events(0)
+    assert is_done(transfer)
+
+
+def test_progress_elsewhere_asks_again(device: Device) -> None:
+    """A NAK may have become an answer after any other transfer."""
+    waiting = device.start(IN)
+    device.handle_events(0)
+
+    def accept(endpoint: int, data: bytes | bytearray | memoryview) -> None:
+        device.answers[IN] = b"follows"
+
+    device.data_out = accept  # type: ignore[method-assign]
+    device.start(OUT, data=b"x")
+    for _ in range(3):
+        device.handle_events(0)
+    assert is_done(waiting)
+
+
+def test_transfers_of_an_endpoint_complete_in_order(device: Device) -> None:
+    device.answers[IN] = [bytes([number]) for number in range(5)]
+    transfers = [device.start(IN) for _ in range(5)]
+    device.handle_events(0)
+    assert [bytes(transfer.data) for transfer in transfers] == [bytes([number]) for number in range(5)]
+
+
+def test_an_endpoint_that_waits_holds_up_no_other(device: Device) -> None:
+    device.answers[OTHER_IN] = b"data"
+    waiting, other = device.start(IN), device.start(OTHER_IN)
+    device.handle_events(0)
+    assert (is_done(waiting), is_done(other)) == (False, True)
+
+
+def test_a_device_that_always_has_data_does_not_keep_its_caller(device: Device) -> None:
+    """Completions may submit; what they submit waits for the next call."""
+    device.answers[IN] = b"data"
+    count = 0
+
+    def again(transfer: Transfer) -> None:
+        nonlocal count
+        count += 1
+        if count < 10:
+            device.submit(transfer)
+
+    device.submit(Transfer(BULK, IN, 64, again))
+    for expected in range(1, 11):
+        device.handle_events(0)
+        assert count == expected
+
+
+def test_completions_are_never_nested(device: Device) -> None:
+    """Not inside submit or cancel."""
+    depth = 0
+
+    def done(transfer: Transfer) -> None:
+        nonlocal depth
+        depth += 1
+        assert depth == 1
+        other = device.start(OUT, data=b"x")
+        device.cancel(other)
+        depth -= 1
+
+    device.answers[IN] = b"data"
+    device.submit(Transfer(BULK, IN, 64, done))
+    device.handle_events(0)
+    device.handle_events(0)
+
+
+@pytest.mark.parametrize("endpoint", [0x01, 0x8F, ISO_IN])
+def test_endpoints_that_do_not_exist(device: Device, endpoint: int) -> None:
+    """Those of other alternate settings included."""
+    assert device.submit(Transfer(BULK, endpoint, 5, lambda transfer: None)) == Status.IOERROR
+
+
+# ---------------------------------------------------------------- halts
+
+
+@pytest.mark.parametrize("endpoint", [IN, OUT])
+def test_a_stall_halts_the_endpoint(device: Device, endpoint: int) -> None:
+    """All its transfers stall, without asking the hook, until the halt is cleared."""
+    device.answers[IN] = [Answer.STALL, b"data"]
+    device.accept = Answer.STALL
+    transfers = [device.start(endpoint, data=b"" if endpoint & 0x80 else b"x") for _ in range(2)]
+    device.handle_events(0)
+    assert [transfer.status for transfer in transfers] == [Status.STALL] * 2
+    assert device.is_halted(endpoint)
+    device.accept = None
+    device.events.clear()
+    assert device.clear_halt(endpoint) == Status.SUCCESS
+    assert device.events == [("cleared", endpoint)]
+    assert not device.is_halted(endpoint)
+    transfer = device.start(endpoint, data=b"" if endpoint & 0x80 else b"x")
+    device.handle_events(0)
+    assert transfer.status == Status.SUCCESS
+
+
+def test_clearing_what_is_not_there(device: Device) -> None:
+    assert device.clear_halt(0x8F) == Status.IOERROR
+    assert device.clear_halt(IN) == Status.SUCCESS, "clearing an endpoint that is not halted is allowed"
+
+
+def test_clearing_a_halt_wakes_what_waits(device: Device) -> None:
+    device.halt(IN)
+    device.answers[IN] = b"data"
+    device.clear_halt(IN)
+    assert device.next_timeout() == 0.0
+
+
+# ---------------------------------------------------------------- configurations
+
+
+def test_configurations(device: Device) -> None:
+    """Endpoints, alternate settings and halts go with the configuration."""
+    device.set_alt_setting(1, 1)
+    device.halt(IN)
+    assert device.set_configuration(5) == Status.SUCCESS
+    assert device.configuration_descriptor == SECOND
+    assert device.read(Setup(0x80, 8, 0, 0, 1)) == b"\x05"
+    assert device.submit(Transfer(BULK, IN, 5, lambda transfer: None)) == Status.IOERROR
+    assert device.set_configuration(1) == Status.SUCCESS
+    assert not device.is_halted(IN)
+    assert device.read(Setup(0x81, 10, 0, 1, 1)) == b"\x00"
+    assert device.events.count("reset") == 2
+
+
+def test_unconfigured(device: Device) -> None:
+    assert device.set_configuration(0) == Status.SUCCESS
+    assert device.configuration_descriptor is None
+    assert device.read(Setup(0x80, 8, 0, 0, 1)) == b"\x00"
+    assert device.read(get_descriptor(DescriptorType.CONFIGURATION)) == FIRST
+    assert device.submit(Transfer(BULK, IN, 5, lambda transfer: None)) == Status.IOERROR
+
+
+def test_a_configuration_that_does_not_exist(device: Device) -> None:
+    assert device.set_configuration(77) == Status.IOERROR
+    assert device.configuration_descriptor == FIRST
+    assert not device.events
+
+
+def test_alternate_settings(device: Device) -> None:
+    """Its endpoints appear; halts of the interface's endpoints are cleared, those of others stay."""
+    assert device.set_alt_setting(1, 1) == Status.SUCCESS
+    assert device.read(Setup(0x81, 10, 0, 1, 1)) == b"\x01"
+    device.halt(ISO_IN)
+    device.halt(IN)
+    assert device.set_alt_setting(1, 1) == Status.SUCCESS
+    assert (device.is_halted(ISO_IN), device.is_halted(IN)) == (False, True)
+    assert device.events == [("alternate", 1, 1)] * 2
+    assert device.set_alt_setting(1, 0) == Status.SUCCESS
+    assert device.submit(Transfer(ISO, ISO_IN, 5, lambda transfer: None, iso_lengths=[5])) == Status.IOERROR
+
+
+@pytest.mark.parametrize(("interface", "alternate"), [(1, 2), (0, 1), (5, 0)])
+def test_alternate_settings_that_do_not_exist(device: Device, interface: int, alternate: int) -> None:
+    assert device.set_alt_setting(interface, alternate) == Status.IOERROR
+    assert not device.events
+
+
+def test_reset(device: Device) -> None:
+    """The configuration stays; everything else begins anew."""
+    device.set_configuration(5)
+    device.set_configuration(1)
+    device.set_alt_setting(1, 1)
+    device.halt(IN)
+    device.events.clear()
+    device.reset()
+    assert device.events == ["reset"]
+    assert not device.is_halted(IN)
+    assert device.read(Setup(0x80, 8, 0, 0, 1)) == b"\x01"
+    assert device.read(Setup(0x81, 10, 0, 1, 1)) == b"\x00"
+
+
+@pytest.mark.parametrize(("give_back", "events"), [(True, ["reset"]), (False, [])])
+def test_release(device: Device, give_back: bool, events: list[str]) -> None:
+    device.release(give_back=give_back)
+    assert device.events == events
+
+
+def test_there_are_no_streams(device: Device) -> None:
+    assert device.alloc_streams([IN], 4) == (Status.IOERROR, 0)
+    assert device.free_streams([IN]) == Status.IOERROR
+
+
+# ---------------------------------------------------------------- isochronous
+
+
+def test_iso_in(device: Device) -> None:
+    """One hook call per packet; nothing there is an empty packet, too much a babble."""
+    device.set_alt_setting(1, 1)
+    device.answers[ISO_IN] = [b"12345678", Answer.NAK, b"123456789", Answer.STALL]
+    transfer = device.start(ISO_IN, 32, kind=ISO, iso_lengths=[8, 8, 8, 8])
+    device.handle_events(0)
+    assert transfer.status == Status.SUCCESS
+    assert [IsoResult(result.status, bytes(result.data)) for result in transfer.iso_results] == [
+        (Status.SUCCESS, b"12345678"),
+        (Status.SUCCESS, b""),
+        (Status.BABBLE, b"12345678"),
+        (Status.STALL, b""),
+    ]
+
+
+def test_iso_out(device: Device) -> None:
+    device.set_alt_setting(1, 1)
+    device.events.clear()
+    transfer = device.start(ISO_OUT, data=b"aabbbc", kind=ISO, iso_lengths=[2, 3, 1])
+    device.handle_events(0)
+    assert device.events == [(ISO_OUT, b"aa"), (ISO_OUT, b"bbb"), (ISO_OUT, b"c")]
+    assert [result.status for result in transfer.iso_results] == [0, 0, 0]
+
+
+# ================================================================ cancel, timeouts, timers
+
+
+def test_cancel(device: Device) -> None:
+    """Only that transfer ends, inside handle_events; cancelling twice or too late is harmless."""
+    first, second = device.start(IN), device.start(IN)
+    device.handle_events(0)
+    device.cancel(first)
+    assert not is_done(first)
+    device.handle_events(0)
+    assert (is_done(first), first.status, first.actual_length) == (True, Status.CANCELLED, 0)
+    device.cancel(first)
+    device.answers[IN] = b"data"
+    device.notify()
+    device.handle_events(0)
+    assert (is_done(second), second.status) == (True, Status.SUCCESS)
+    device.cancel(second)
+    device.handle_events(0)
+    assert second.status == Status.SUCCESS
+
+
+def test_cancel_right_after_submit(device: Device) -> None:
+    """Even when the device could have answered."""
+    device.answers[IN] = b"data"
+    transfer = device.start(IN)
+    device.cancel(transfer)
+    device.handle_events(0)
+    assert is_done(transfer)
+
+
+def test_a_cancelled_out_transfer_is_not_delivered_later(device: Device) -> None:
+    device.accept = Answer.NAK
+    transfer = device.start(OUT, data=b"x")
+    device.handle_events(0)
+    device.cancel(transfer)
+    device.accept = None
+    device.handle_events(0)
+    assert transfer.status == Status.CANCELLED
+    assert device.events == [(OUT, b"x")]
+
+
+def test_timeouts(device: Device) -> None:
+    """Counted from when the device took the transfer over."""
+    transfer = device.start(IN, timeout=2.0)
+    forever = device.start(OTHER_IN)
+    device.handle_events(0)
+    assert device.next_timeout() == pytest.approx(2.0)
+    device.clock.now += 1.5
+    device.handle_events(0)
+    assert not is_done(transfer)
+    assert device.next_timeout() == pytest.approx(0.5)
+    device.clock.now += 0.5
+    device.handle_events(0)
+    assert (is_done(transfer), transfer.status, bytes(transfer.data)) == (True, Status.TIMEOUT, b"")
+    assert not is_done(forever)
+    assert device.next_timeout() is None
+
+
+def test_a_timeout_that_is_not_needed(device: Device) -> None:
+    """A transfer that completed has none any more."""
+    device.answers[IN] = b"data"
+    transfer = device.start(IN, timeout=2.0)
+    device.handle_events(0)
+    assert is_done(transfer)
+    assert device.next_timeout() is None
+    device.clock.now += 5
+    device.handle_events(0)
+    assert transfer.status == Status.SUCCESS
+
+
+def test_timers(device: Device) -> None:
+    """In order of their times; hooks are asked again afterwards."""
+    ran: list[str] = []
+    transfer = device.start(IN)
+
+    def answer() -> None:
+        ran.append("second")
+        device.answers[IN] = b"data"
+
+    device.call_later(2.0, answer)
+    device.call_later(1.0, lambda: ran.append("first"))
+    device.handle_events(0)
+    assert device.next_timeout() == pytest.approx(1.0)
+    device.clock.now += 1.0
+    device.handle_events(0)
+    assert ran == ["first"]
+    device.clock.now += 1.0
+    device.handle_events(0)
+    assert ran == ["first", "second"]
+    assert is_done(transfer)
+    assert device.next_timeout() is None
+
+
+def test_a_timer_may_set_a_timer(device: Device) -> None:
+    ticks: list[float] = []
+
+    def tick() -> None:
+        ticks.append(device.clock.now)
+        device.call_later(1.0, tick)
+
+    device.call_later(1.0, tick)
+    for _ in range(3):
+        device.clock.now += 1.0
+        device.handle_events(0)
+    assert ticks == [51.0, 52.0, 53.0]
+
+
+def test_work_is_due_at_once(device: Device) -> None:
+    """next_timeout is 0 with work, None with nothing to wait for."""
+    assert device.next_timeout() is None
+    device.start(IN)
+    assert device.next_timeout() == 0.0
+    device.handle_events(0)
+    assert device.next_timeout() is None
+    device.wake()
+    assert device.next_timeout() == 0.0
+
+
+# ================================================================ unplugging and the end
+
+
+def test_unplug(device: Device) -> None:
+    """Every transfer ends with loss of the device, as do later ones; methods say so."""
+    running = device.start(IN)
+    device.handle_events(0)
+    queued = device.start(OTHER_IN)
+    device.unplug()
+    assert not is_done(running)
+    device.handle_events(0)
+    for transfer in (running, queued):
+        assert (is_done(transfer), transfer.status, transfer.device_lost) == (True, Status.IOERROR, True)
+    late = Transfer(BULK, IN, 5, lambda transfer: None)
+    assert device.submit(late) == Status.IOERROR
+    assert late.device_lost
+    for method in (device.claim, device.reset):
+        with pytest.raises(DeviceLostError):
+            method()
+    assert device.set_configuration(1) == Status.IOERROR
+    assert device.set_alt_setting(1, 1) == Status.IOERROR
+    assert device.clear_halt(IN) == Status.IOERROR
+    device.release(give_back=True)
+    device.unplug()
+    assert not device.events
+
+
+def test_unplugging_from_inside_a_hook(device: Device) -> None:
+    def control(setup: Setup, data: bytes) -> bytes:
+        device.unplug()
+        return b""
+
+    device.control = control
+    waiting = device.start(IN)
+    device.request(Setup(0x40, 1, 0, 0, 0))
+    device.handle_events(0)
+    assert (is_done(waiting), waiting.device_lost) == (True, True)
+
+
+def test_close(device: Device) -> None:
+    """Ends what runs; idempotent; nothing can be submitted; descriptors are closed."""
+    transfer = device.start(IN)
+    ((descriptor, _),) = device.pollfds()
+    device.close()
+    assert is_done(transfer)
+    assert transfer.status != Status.SUCCESS
+    device.close()
+    assert device.submit(Transfer(BULK, IN, 5, lambda transfer: None)) == Status.IOERROR
+    assert not device.pollfds()
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(descriptor)
+
+
+# ================================================================ polling and threads
+
+
+def readable(device: Device) -> bool:
+    """Whether one of the device's descriptors is ready."""
+    return bool(poll(device.pollfds(), 0))
+
+
+@pytest.mark.parametrize(
+    "something",
+    [
+        lambda device: device.start(IN),
+        lambda device: device.notify(),
+        lambda device: device.wake(),
+        lambda device: device.unplug(),
+        lambda device: device.cancel(Transfer(BULK, IN, 5, lambda transfer: None)),
+        lambda device: device.clear_halt(IN),
+        lambda device: device.reset(),
+    ],
+)
+def test_descriptors_are_ready_when_there_is_something_to_do(
+    device: Device, something: Callable[[Device], object]
+) -> None:
+    """Whether they were asked for before or after; not ready once it is done."""
+    for asked_before in (True, False):
+        if asked_before:
+            assert not readable(device)
+        something(device)
+        something(device)
+        assert readable(device)
+        for _ in range(3):
+            device.handle_events(0)
+        assert not readable(device)
+
+
+def test_descriptors_stay_the_same(device: Device) -> None:
+    assert device.pollfds() == device.pollfds()
+
+
+def test_waiting_ends_with_work_from_another_thread(device: Device) -> None:
+    """wake, submit, cancel: handle_events waits no longer."""
+    for something in (device.wake, lambda: device.start(IN), device.notify):
+        entered = threading.Event()
+
+        def wait(entered: threading.Event = entered) -> None:
+            entered.set()
+            device.handle_events(PATIENCE)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert entered.wait(PATIENCE)
+        something()
+        thread.join(PATIENCE / 2)
+        assert not thread.is_alive()
+
+
+def test_waiting_without_a_time() -> None:
+    """None waits until there is something; also for a timer."""
+    device = VirtualDevice(device_descriptor=DEVICE_DESCRIPTOR, configurations=[FIRST])
+    ran: list[int] = []
+    device.call_later(0.001, lambda: ran.append(1))
+    while not ran:
+        device.handle_events(None)
+    device.close()
+
+
+def test_waiting_has_an_end(device: Device) -> None:
+    device.handle_events(0.001)
+
+
+def test_submitting_from_many_threads(device: Device) -> None:
+    """Every transfer completes once."""
+    device.answers[IN] = b"data"
+    per_thread, threads = 200, 4
+    done = 0
+
+    def count(transfer: Transfer) -> None:
+        nonlocal done
+        done += 1  # completions run one at a time
+
+    def submit() -> None:
+        for _ in range(per_thread):
+            assert device.submit(Transfer(BULK, IN, 64, count)) == Status.SUCCESS
+
+    workers = [threading.Thread(target=submit) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers) or device.next_timeout() == 0:
+        device.handle_events(0.01)
+    for worker in workers:
+        worker.join(PATIENCE)
+    device.handle_events(0)
+    assert done == per_thread * threads
+
+
+def test_two_threads_that_handle_events(device: Device) -> None:
+    """One does the work, completions are one at a time."""
+    device.answers[IN] = b"data"
+    inside = threading.Lock()
+    done = 0
+    total = 500
+
+    def complete(transfer: Transfer) -> None:
+        nonlocal done
+        assert inside.acquire(blocking=False), "two completions at once"
+        done += 1
+        if done < total:
+            device.submit(transfer)
+        inside.release()
+
+    def handle() -> None:
+        while done < total:
+            device.handle_events(0.01)
+
+    device.submit(Transfer(BULK, IN, 64, complete))
+    workers = [threading.Thread(target=handle) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(PATIENCE)
+    assert done == total
