@@ -129,7 +129,7 @@ class FakeDevice:
     def claim(self) -> None:
         self._call("claim", default=None)
 
-    def release(self, *, give_back: bool) -> None:
+    def release(self, *, give_back: bool, reset: bool = True) -> None:
         self._call("release", give_back, default=None)
 
     def set_configuration(self, value: int) -> int:

@@ -329,10 +329,7 @@ def test_the_command_is_installed() -> None:
     [
         'requires-python = ">=3.10"',
         '"pyusb',
-        pytest.param(
-            '"libusb-package>=1.0.30"',
-            marks=pytest.mark.xfail(strict=True, reason="bug: pyproject.toml says >=1.0.26, the contract >= 1.0.30"),
-        ),
+        '"libusb-package>=1.0.30"',
     ],
 )
 def test_requirements(text: str) -> None:

@@ -763,7 +763,6 @@ def test_loopback(speed: Speed) -> None:
     assert device.counters["resets"] == 3
 
 
-@pytest.mark.xfail(strict=True, reason="VirtualDevice.reset forgets alternate settings, the host keeps them, as C does")
 def test_alternate_settings_survive_a_reset_of_a_virtual_device() -> None:
     """HOST_BEHAVIOUR 8: libusb selects them again, so host and device agree."""
     device = LoopbackDevice()

@@ -360,7 +360,6 @@ def test_a_guests_first_reset_is_not_skipped_for_fragile_devices(fragile: FakeDe
     assert not fragile.done("reset")
 
 
-@pytest.mark.xfail(strict=True, reason="release(give_back=True) cannot be told not to reset: the list is the host's")
 def test_fragile_devices_are_not_reset_when_released(monkeypatch: pytest.MonkeyPatch) -> None:
     """HOST_BEHAVIOUR 2, Release, 4: reset unless listed."""
     device = LoopbackDevice()
@@ -457,7 +456,6 @@ def test_dropping_a_device_that_gives_nothing_back(bed: Bed, device: FakeDevice)
     assert bed.news() == []
 
 
-@pytest.mark.xfail(strict=True, reason="transfers that were given up stay in Host._flying; the drain waits for them")
 def test_what_a_former_device_keeps_does_not_hurt_the_next(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next device's reset waits for its own transfers only."""
     monkeypatch.setattr(usbredir.host, "DRAIN_LIMIT", -1.0)
@@ -471,7 +469,6 @@ def test_what_a_former_device_keeps_does_not_hurt_the_next(device: FakeDevice, m
     assert len(new.done("reset")) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="a late completion with device_lost is taken for a loss of the present device")
 @pytest.mark.usefixtures("impatient")
 def test_a_late_loss_of_a_former_device_is_no_loss_of_the_next(device: FakeDevice) -> None:
     bed = Bed(device, acknowledges=False)
@@ -482,7 +479,6 @@ def test_a_late_loss_of_a_former_device_is_no_loss_of_the_next(device: FakeDevic
     assert bed.host.state is Redirection.CONNECTED
 
 
-@pytest.mark.xfail(strict=True, raises=DeviceLostError, reason="a lost device's release() stops _drop_device half way")
 def test_a_device_that_is_gone_when_released(bed: Bed, device: FakeDevice) -> None:
     """Every method of a device may say that it is lost: the host lets go of it all the same."""
     device.script["release"] = DeviceLostError("gone")

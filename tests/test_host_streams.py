@@ -237,7 +237,6 @@ def test_started_already(bed: Bed, device: FakeDevice, receiving: Receiving) -> 
     assert bed.news() == [receiving.data(0, b"still here")]
 
 
-@pytest.mark.xfail(strict=True, reason="the limit is looked at before 'already started': stall in place of inval")
 def test_started_already_at_the_limit(device: FakeDevice, receiving: Receiving) -> None:
     """A stall would tell the guest that the stream has ended, which it has not."""
     bed = Bed(device, limits=Limits(max_transfer_bytes=receiving.transfers * receiving.size))
@@ -253,7 +252,6 @@ def test_start_beyond_the_limit(device: FakeDevice, receiving: Receiving) -> Non
     started(bed, receiving)
 
 
-@pytest.mark.xfail(strict=True, reason="a start looks at the limit of bytes, not at that of transfers")
 def test_start_beyond_the_limit_of_transfers(device: FakeDevice, receiving: Receiving) -> None:
     bed = Bed(device, limits=Limits(max_transfers=3))
     assert bed.ask(receiving.start) == [receiving.status(Status.STALL, START_ID)]
@@ -285,7 +283,6 @@ def test_the_device_is_lost_at_the_start(bed: Bed, device: FakeDevice, receiving
 
 
 @pytest.mark.parametrize("alias", [0x10, 0x40])
-@pytest.mark.xfail(strict=True, reason="running streams are looked up by the whole address byte, endpoints by index")
 def test_an_endpoint_has_one_stream(bed: Bed, device: FakeDevice, receiving: Receiving, alias: int) -> None:
     """Number and direction make an endpoint; the bits between do not make it another one."""
     started(bed, receiving)
@@ -327,7 +324,6 @@ def test_failed_transfers(bed: Bed, device: FakeDevice, receiving: Receiving, st
     assert bed.news() == [receiving.data(1, b"fine")]
 
 
-@pytest.mark.xfail(strict=True, reason="what arrived before a failure is passed on; HOST_BEHAVIOUR 6: an empty packet")
 def test_the_packet_of_a_failed_transfer_is_empty(bed: Bed, device: FakeDevice, receiving: Receiving) -> None:
     started(bed, receiving)
     device.complete(status=Status.BABBLE, data=b"partial")
@@ -725,7 +721,6 @@ def receive_with_interruptions(steps: list[str]) -> None:
     bed.host.close()
 
 
-@pytest.mark.xfail(strict=True, reason="a paused stream counts packets, not bytes: 800 packets of 16 MiB are 12.5 GiB")
 def test_a_guest_that_never_reads_cannot_fill_the_memory() -> None:
     """Bulk receiving in large pieces: what waits to be written stays within some multiple of what is in flight."""
     device = LoopbackDevice()

@@ -488,7 +488,6 @@ def test_receiving_cannot_be_cancelled_by_id(bed: Bed, device: FakeDevice) -> No
     assert device.cancelled == []
 
 
-@pytest.mark.xfail(strict=True, raises=DeviceLostError, reason="_on_cancel lets DeviceLostError of cancel() out")
 def test_device_lost_in_cancel(bed: Bed, device: FakeDevice) -> None:
     """Every method of a device may say so; the cancelled request is answered all the same."""
     bed.ask(bulk_in(1))
@@ -547,7 +546,6 @@ def test_streams_without_a_device(lost: bool) -> None:
     assert not device.done("alloc_streams", "free_streams")
 
 
-@pytest.mark.xfail(strict=True, raises=DeviceLostError, reason="alloc/free let DeviceLostError of the device out")
 @pytest.mark.parametrize(
     ("method", "request_packet"),
     [

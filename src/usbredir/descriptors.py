@@ -295,7 +295,7 @@ def _build_endpoint(endpoint: Endpoint) -> bytes:
 
 def string_descriptor(text: str) -> bytes:
     """A string descriptor; texts above 126 characters are cut."""
-    data = text.encode("utf-16-le")[:252]
+    data = text.encode("utf-16-le")[:252].decode("utf-16-le", "ignore").encode("utf-16-le")
     return bytes((len(data) + 2, DescriptorType.STRING)) + data
 
 

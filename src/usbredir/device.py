@@ -139,8 +139,8 @@ class UsbDevice(Protocol):
         """
         ...
 
-    def release(self, *, give_back: bool) -> None:
-        """Give the interfaces up; with *give_back* reset the device and let the system's drivers return."""
+    def release(self, *, give_back: bool, reset: bool = True) -> None:
+        """Give the interfaces up; with *give_back* the system's drivers return, after a reset if *reset*."""
         ...
 
     def set_configuration(self, value: int) -> int:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, cast
 
 from .capabilities import ALL
 from .device import TransferResult
@@ -61,13 +61,17 @@ CANCEL_GRACE = 5.0
 """Seconds that the host has to answer a cancelled request; later answers are dropped."""
 MAX_BACKLOG = 64 * 1024 * 1024
 """Received stream data that waits to be taken, in bytes per endpoint; more ends in an error."""
+READS_AT_ONCE = 16
+"""Reads before a call looks at its timeout again."""
 PACKET_COST = 128
 """Bytes that a waiting packet counts beside its data."""
 
 GET_DESCRIPTOR = 6
 
-Reply = TypeVar("Reply", bound=Packet)
 Key = tuple[type[Packet], int]
+StreamRequest = StartInterruptReceiving | StopInterruptReceiving | StartBulkReceiving | StopBulkReceiving
+StreamStatus = IsoStreamStatus | InterruptReceivingStatus | BulkReceivingStatus
+STREAM_REQUESTS = (StartInterruptReceiving, StopInterruptReceiving, StartBulkReceiving, StopBulkReceiving)
 
 
 class GuestCallbacks(StreamCallbacks):
@@ -80,6 +84,18 @@ class GuestCallbacks(StreamCallbacks):
         raise NotImplementedError("override wait() to use blocking calls")
 
 
+class _Received:
+    """What came on an endpoint that is being received, and was not taken yet.
+
+    backlog: what waits, in bytes. ended: the status with which the host ended the stream, or None.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: deque[InterruptPacket | BufferedBulkPacket] = deque()
+        self.backlog = 0
+        self.ended: int | None = None
+
+
 class _Link(ParserCallbacks):
     """What the parser sees of a guest."""
 
@@ -89,15 +105,17 @@ class _Link(ParserCallbacks):
     def __init__(self, guest: Guest, application: GuestCallbacks) -> None:
         self._guest = guest
         self._application = application
-        for optional in ("readinto", "writev"):
-            if hasattr(application, optional):
-                setattr(self, optional, getattr(application, optional))
+        readinto = getattr(application, "readinto", None)
+        if readinto is not None:
+            self.readinto = lambda buffer: None if guest._has_enough() else readinto(buffer)
+        if hasattr(application, "writev"):
+            self.writev = application.writev
 
     def log(self, level: LogLevel, message: str) -> None:
         self._application.log(level, message)
 
     def read(self, count: int) -> bytes | bytearray | memoryview | None:
-        return self._application.read(count)
+        return None if self._guest._has_enough() else self._application.read(count)
 
     def write(self, data: memoryview) -> int | None:
         return self._application.write(data)
@@ -146,9 +164,10 @@ class Guest:
         self._rules = rules
         self._ids = itertools.count(1)
         self._replies: dict[Key, Packet | None] = {}  # None: expected
-        self._received: dict[int, deque[InterruptPacket | BufferedBulkPacket]] = {}
-        self._backlog: dict[int, int] = {}
-        self._ended: dict[int, int] = {}  # status that ended a receiving stream, by endpoint
+        self._received: dict[int, _Received] = {}  # by endpoint
+        self._stream_requests: dict[int, int] = {}  # id of the start or stop that waits, by endpoint
+        self._reads_left = 0
+        self._done: Callable[[], bool] | None = None  # what the present call waits for
         self._handlers: dict[type[Packet], Callable[[Any], None]] = {
             Hello: self._on_hello,
             DeviceConnect: self._on_connect,
@@ -185,7 +204,8 @@ class Guest:
             raise TimeoutError("the device is still there")
 
     def process(self) -> None:
-        """Write what is queued and read what has arrived, without waiting."""
+        """Write what is queued and read what has arrived, without waiting, at most 1 MiB of it."""
+        self._reads_left = READS_AT_ONCE
         self._parser.do_write()
         self._parser.do_read()
         self._parser.do_write()
@@ -222,22 +242,26 @@ class Guest:
 
     def get_configuration(self, *, timeout: float | None = None) -> tuple[int, int]:
         """(status, configuration value; 0 = unconfigured)."""
-        reply = self._ask(GetConfiguration(id=next(self._ids)), ConfigurationStatus, timeout)
-        return reply.status, reply.configuration
+        return self._ask_configuration(GetConfiguration(id=next(self._ids)), timeout)
 
     def set_configuration(self, value: int, *, timeout: float | None = None) -> tuple[int, int]:
         """Select a configuration; (status, configuration value now active)."""
-        reply = self._ask(SetConfiguration(id=next(self._ids), configuration=value), ConfigurationStatus, timeout)
-        return reply.status, reply.configuration
+        return self._ask_configuration(SetConfiguration(id=next(self._ids), configuration=value), timeout)
 
     def get_alt_setting(self, interface: int, *, timeout: float | None = None) -> tuple[int, int]:
         """(status, alternate setting of *interface*)."""
-        reply = self._ask(GetAltSetting(id=next(self._ids), interface=interface), AltSettingStatus, timeout)
-        return reply.status, reply.alt
+        return self._ask_alternate(GetAltSetting(id=next(self._ids), interface=interface), timeout)
 
     def set_alt_setting(self, interface: int, alt: int, *, timeout: float | None = None) -> tuple[int, int]:
         """Select an alternate setting; (status, alternate setting now active)."""
-        reply = self._ask(SetAltSetting(id=next(self._ids), interface=interface, alt=alt), AltSettingStatus, timeout)
+        return self._ask_alternate(SetAltSetting(id=next(self._ids), interface=interface, alt=alt), timeout)
+
+    def _ask_configuration(self, packet: Packet, timeout: float | None) -> tuple[int, int]:
+        reply = cast(ConfigurationStatus, self._ask(packet, ConfigurationStatus, timeout))
+        return reply.status, reply.configuration
+
+    def _ask_alternate(self, packet: Packet, timeout: float | None) -> tuple[int, int]:
+        reply = cast(AltSettingStatus, self._ask(packet, AltSettingStatus, timeout))
         return reply.status, reply.alt
 
     # ------------------------------------------------------------ transfers
@@ -321,29 +345,24 @@ class Guest:
 
     def start_interrupt_receiving(self, endpoint: int, *, timeout: float | None = None) -> int:
         """Start polling an interrupt IN endpoint. Returns a status."""
-        self._begin_receiving(endpoint)
-        packet = StartInterruptReceiving(id=next(self._ids), endpoint=endpoint)
-        return self._ask(packet, InterruptReceivingStatus, timeout).status
+        return self._start_receiving(StartInterruptReceiving(id=next(self._ids), endpoint=endpoint), timeout)
 
     def stop_interrupt_receiving(self, endpoint: int, *, timeout: float | None = None) -> int:
-        """Stop polling an interrupt IN endpoint. Returns a status."""
-        packet = StopInterruptReceiving(id=next(self._ids), endpoint=endpoint)
-        return self._ask(packet, InterruptReceivingStatus, timeout).status
+        """Stop polling an interrupt IN endpoint; what was not taken is dropped. Returns a status."""
+        return self._stop_receiving(StopInterruptReceiving(id=next(self._ids), endpoint=endpoint), timeout)
 
     def start_bulk_receiving(
         self, endpoint: int, bytes_per_transfer: int, transfers: int = 5, *, timeout: float | None = None
     ) -> int:
         """Start reading a bulk IN endpoint ahead. Returns a status."""
-        self._begin_receiving(endpoint)
         packet = StartBulkReceiving(
             id=next(self._ids), bytes_per_transfer=bytes_per_transfer, endpoint=endpoint, no_transfers=transfers
         )
-        return self._ask(packet, BulkReceivingStatus, timeout).status
+        return self._start_receiving(packet, timeout)
 
     def stop_bulk_receiving(self, endpoint: int, *, timeout: float | None = None) -> int:
-        """Stop reading a bulk IN endpoint ahead. Returns a status."""
-        packet = StopBulkReceiving(id=next(self._ids), endpoint=endpoint)
-        return self._ask(packet, BulkReceivingStatus, timeout).status
+        """Stop reading a bulk IN endpoint ahead; what was not taken is dropped. Returns a status."""
+        return self._stop_receiving(StopBulkReceiving(id=next(self._ids), endpoint=endpoint), timeout)
 
     def receive(self, endpoint: int, *, timeout: float | None = None) -> TransferResult:
         """The next data of an endpoint that is being received; status TIMEOUT when none came in time.
@@ -351,29 +370,50 @@ class Guest:
         When the host has ended the stream, its status, after all data. Raises LocalProtocolError when it is not
         started.
         """
-        waiting = self._received.get(endpoint)
-        if waiting is None:
+        stream = self._received.get(endpoint)
+        if stream is None:
+            self._need_device()
             raise LocalProtocolError(f"receiving on endpoint 0x{endpoint:02x} is not started")
-        if not self._pump(lambda: bool(waiting) or endpoint in self._ended or self.device is None, timeout):
+        if not self._pump(lambda: bool(stream.waiting) or stream.ended is not None or self.device is None, timeout):
             return TransferResult(Status.TIMEOUT)
-        if waiting:
-            packet = waiting.popleft()
-            self._backlog[endpoint] -= len(packet.data) + PACKET_COST
+        if stream.waiting:
+            packet = stream.waiting.popleft()
+            stream.backlog -= len(packet.data) + PACKET_COST
             return TransferResult(packet.status, packet.data)
         self._need_device()
-        return TransferResult(self._ended[endpoint])
+        assert stream.ended is not None
+        return TransferResult(stream.ended)
 
-    def _begin_receiving(self, endpoint: int) -> None:
-        self._received[endpoint] = deque()
-        self._backlog[endpoint] = 0
-        self._ended.pop(endpoint, None)
+    def _start_receiving(self, packet: StartInterruptReceiving | StartBulkReceiving, timeout: float | None) -> int:
+        present = self._received.get(packet.endpoint)
+        # Data may follow the answer at once: the place for it is there before.
+        if present is None or present.ended is not None:
+            self._received[packet.endpoint] = _Received()
+        status = self._ask_stream(packet, timeout)
+        if status != Status.SUCCESS and (present is None or present.ended is not None):
+            self._received.pop(packet.endpoint, None)
+        return status
+
+    def _stop_receiving(self, packet: StopInterruptReceiving | StopBulkReceiving, timeout: float | None) -> int:
+        status = self._ask_stream(packet, timeout)
+        if status == Status.SUCCESS:
+            self._received.pop(packet.endpoint, None)
+        return status
+
+    def _ask_stream(self, packet: StreamRequest, timeout: float | None) -> int:
+        """The status that answers a start or stop. Its packet is of the endpoint's kind, not of the request's."""
+        self._stream_requests[packet.endpoint] = packet.id
+        try:
+            return cast(StreamStatus, self._ask(packet, type(packet), timeout)).status
+        finally:
+            del self._stream_requests[packet.endpoint]
 
     # ------------------------------------------------------------ requests and answers
 
-    def _ask(self, request: Packet, reply_type: type[Reply], timeout: float | None) -> Reply:
-        """Send a request and wait for its answer. Raises TimeoutError."""
+    def _ask(self, request: Packet, kind: type[Packet], timeout: float | None) -> Packet:
+        """Send a request and wait for its answer, which is filed under *kind* and the id. Raises TimeoutError."""
         self._need_device()
-        key = (reply_type, request.id)
+        key = (kind, request.id)
         self._send(request, key)
         try:
             if not self._pump(lambda: self._replies.get(key) is not None or self.device is None, timeout):
@@ -382,8 +422,7 @@ class Guest:
         finally:
             self._replies.pop(key, None)
         if reply is None:
-            self._need_device()
-        assert isinstance(reply, reply_type)
+            raise DeviceLostError("the device went away before it answered")
         return reply
 
     def _transfer(self, request: Any, timeout: float | None) -> TransferResult:
@@ -399,9 +438,11 @@ class Guest:
             if status is None:
                 raise DeviceLostError("the device went away before it answered")
             return TransferResult(status)
-        if status is not None and reply.status == Status.CANCELLED:
-            return TransferResult(status, reply.data)
-        return TransferResult(reply.status, reply.data)
+        if status is None or reply.status != Status.CANCELLED:
+            status = reply.status
+        if request.endpoint & 0x80 and len(reply.data) > request.length:
+            return TransferResult(Status.BABBLE, reply.data[: request.length])
+        return TransferResult(status, reply.data)
 
     def _finish(self, key: Key, timeout: float | None) -> Status | None:
         """Wait for the answer; when time is up, cancel. TIMEOUT when it was cancelled."""
@@ -426,14 +467,28 @@ class Guest:
     def _pump(self, done: Callable[[], bool], timeout: float | None) -> bool:
         """Move bytes until *done*; False when time is up."""
         limit = None if timeout is None else time.monotonic() + timeout
-        while True:
-            self.process()
+        while not done():
+            self._done = done
+            try:
+                self.process()
+            finally:
+                self._done = None
             if done():
-                return True
+                break
             remaining = None if limit is None else limit - time.monotonic()
             if remaining is not None and remaining <= 0:
                 return False
             self._callbacks.wait(remaining, writing=self._parser.has_data_to_write() > 0)
+        return True
+
+    def _has_enough(self) -> bool:
+        """Asked before each read: no more for now.
+
+        The present call has what it waits for, and what the host sends on stays outside until the next one; or the
+        host sends without a pause, and the call has to look at its timeout.
+        """
+        self._reads_left -= 1
+        return self._reads_left < 0 or (self._done is not None and self._done())
 
     # ------------------------------------------------------------ packets from the host
 
@@ -454,7 +509,6 @@ class Guest:
         self.interfaces = None
         self.endpoints = None
         self._received.clear()
-        self._backlog.clear()
 
     def _on_interface_info(self, packet: InterfaceInfo) -> None:
         self.interfaces = packet
@@ -472,11 +526,15 @@ class Guest:
         else:
             self._callbacks.log(LogLevel.WARNING, f"an answer that nobody waits for, dropped: {packet!r}")
 
-    def _on_stream_status(self, packet: IsoStreamStatus | InterruptReceivingStatus | BulkReceivingStatus) -> None:
-        if (type(packet), packet.id) in self._replies:
-            self._on_reply(packet)
+    def _on_stream_status(self, packet: StreamStatus) -> None:
+        waiting = self._stream_requests.get(packet.endpoint)
+        # A host whose first transfer fails answers with the transfer's id, not with the request's.
+        if waiting is not None and (packet.id == waiting or packet.status != Status.SUCCESS):
+            for key in self._replies:
+                if key[1] == waiting and key[0] in STREAM_REQUESTS:
+                    self._replies[key] = packet
         elif packet.endpoint in self._received:
-            self._ended[packet.endpoint] = packet.status
+            self._received[packet.endpoint].ended = packet.status
 
     def _on_interrupt(self, packet: InterruptPacket) -> None:
         if packet.endpoint & 0x80:
@@ -485,16 +543,16 @@ class Guest:
             self._on_reply(packet)
 
     def _on_stream_data(self, packet: InterruptPacket | BufferedBulkPacket) -> None:
-        waiting = self._received.get(packet.endpoint)
-        if waiting is None:
+        stream = self._received.get(packet.endpoint)
+        if stream is None:
             return  # still under way when the stream was stopped
-        backlog = self._backlog[packet.endpoint] + len(packet.data) + PACKET_COST
+        backlog = stream.backlog + len(packet.data) + PACKET_COST
         if backlog > MAX_BACKLOG:
             raise LocalProtocolError(
                 f"{MAX_BACKLOG} bytes wait on endpoint 0x{packet.endpoint:02x}: call receive(), or stop receiving"
             )
-        self._backlog[packet.endpoint] = backlog
-        waiting.append(packet)
+        stream.backlog = backlog
+        stream.waiting.append(packet)
 
     def _on_iso(self, packet: IsoPacket) -> None:
         """No isochronous stream was started: nothing wants it."""

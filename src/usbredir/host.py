@@ -12,8 +12,9 @@ Source: docs/host.md.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, cast
@@ -85,6 +86,8 @@ DRAIN_STEP = 0.0025
 """Seconds of event handling at a time while waiting for cancelled transfers."""
 DRAIN_LIMIT = 10.0
 """Seconds after which a device that does not give its transfers back counts as lost."""
+ENDPOINT_BITS = 0x8F
+"""The bits of an endpoint address that mean something."""
 NO_ALTERNATE = 255
 """Alternate setting in the answer when there is none to tell."""
 DO_NOT_RESET = {(0x1210, 0x001C), (0x2798, 0x0001)}
@@ -253,7 +256,7 @@ class Host:
     def write_guest_data(self) -> None:
         """Write until the queue is empty or ``write`` would block. Threads: any number of callers, one writes."""
         self._parser.do_write()
-        if self._parser.has_data_to_write() <= MAX_STREAM_BACKLOG and self._streams:
+        if self._streams and not self._overloaded:
             with self._guard:
                 for stream in list(self._streams.values()):
                     self._resume(stream)
@@ -278,6 +281,11 @@ class Host:
     def log(self, level: LogLevel, message: str) -> None:
         """Write a message to the application's log. Threads: any number of callers."""
         self._callbacks.log(level, message)
+
+    @property
+    def _overloaded(self) -> bool:
+        """The guest does not keep up with what streams bring."""
+        return self.has_data_to_write() > MAX_STREAM_BACKLOG or self.reading_paused
 
     @property
     def device(self) -> UsbDevice | None:
@@ -388,12 +396,12 @@ class Host:
             if self._resettable:
                 # A guest's first act is a slow reset: done now, its first one can be skipped.
                 device.reset()
-        except ValueError as error:
-            device.release(give_back=True)
+        except (ValueError, DeviceError) as error:
+            with contextlib.suppress(DeviceError):  # the first error is the one to tell
+                device.release(give_back=True, reset=self._resettable)
+            if isinstance(error, DeviceError):
+                raise
             raise DeviceError(f"the device's descriptors make no sense: {error}") from error
-        except DeviceError:
-            device.release(give_back=True)
-            raise
         with self._guard:
             self._device = device
             self._layout = layout
@@ -415,7 +423,8 @@ class Host:
             self._cancel_all()
         if not self._drain():
             self.log(LogLevel.ERROR, "the device does not give its transfers back: released all the same")
-        device.release(give_back=True)
+        with contextlib.suppress(DeviceLostError):
+            device.release(give_back=True, reset=self._resettable)
         with self._guard:
             self._device = None
             self._layout = None
@@ -433,14 +442,34 @@ class Host:
         limit = time.monotonic() + DRAIN_LIMIT
         while self._flying:
             if self._device is None or time.monotonic() > limit:
-                return False
-            self._device.handle_events(DRAIN_STEP)
-        return True
+                break
+            try:
+                self._device.handle_events(DRAIN_STEP)
+            except DeviceLostError:
+                break
+        with self._guard:
+            drained = not self._flying
+            # What was given up must not hold up the next device; its completions are ignored.
+            self._flying.clear()
+            self._flying_bytes = 0
+        return drained
 
     def _cancel_all(self) -> None:
-        assert self._device is not None
         for transfer in list(self._flying):
-            self._device.cancel(transfer)
+            self._cancel(transfer)
+
+    def _cancel(self, transfer: Transfer) -> None:
+        if self._device is not None:
+            with self._noticing_loss():
+                self._device.cancel(transfer)
+
+    @contextlib.contextmanager
+    def _noticing_loss(self) -> Iterator[None]:
+        """A device that turns out to be gone is reported to the guest. The lock is held."""
+        try:
+            yield
+        except DeviceLostError:
+            self._device_gone()
 
     # ------------------------------------------------------------ configuration, alternate settings, reset
 
@@ -512,12 +541,10 @@ class Host:
         self._freshly_reset = False
         self._end_streams(addresses)
         for transfer in [t for t in self._flying if t.endpoint in addresses]:
-            self._device.cancel(transfer)
-        try:
+            self._cancel(transfer)
+        status: int = Status.IOERROR
+        with self._noticing_loss():
             status = self._device.set_alt_setting(interface, alternate)
-        except DeviceLostError:
-            self._device_gone()
-            return Status.IOERROR
         if status == Status.SUCCESS:
             layout.select(interface, alternate)
             self._send_layout()
@@ -569,11 +596,9 @@ class Host:
     def _clear_halt(self, packet: ControlPacket) -> None:
         """Not forwarded: the controller's side of the endpoint has to be cleared as well."""
         assert self._device is not None
-        try:
+        status: int = Status.IOERROR
+        with self._noticing_loss():
             status = self._device.clear_halt(packet.index & 0xFF)
-        except DeviceLostError:
-            status = Status.IOERROR
-            self._device_gone()
         self._refuse(packet, status)
 
     def _on_bulk(self, packet: BulkPacket) -> None:
@@ -602,15 +627,22 @@ class Host:
         elif self._layout_of_device().endpoint(packet.endpoint).type is not kind:
             self.log(LogLevel.ERROR, f"endpoint 0x{packet.endpoint:02x} is no {kind.name.lower()} endpoint")
             self._refuse(packet, Status.INVAL)
-        elif (
-            len(self._flying) >= self._limits.max_transfers
-            or self._flying_bytes + packet.length > self._limits.max_transfer_bytes
-        ):
-            self.log(LogLevel.WARNING, "the guest has too many transfers in flight: refused")
+        elif not self._room_for(1, packet.length):
             self._refuse(packet, Status.IOERROR)
         else:
             return True
         return False
+
+    def _room_for(self, transfers: int, size: int) -> bool:
+        """Whether more transfers may be in flight; the guest's excess is logged."""
+        limits = self._limits
+        fits = (
+            len(self._flying) + transfers <= limits.max_transfers
+            and self._flying_bytes + size <= limits.max_transfer_bytes
+        )
+        if not fits:
+            self.log(LogLevel.WARNING, "the guest wants too many transfers in flight: refused")
+        return fits
 
     def _start(self, packet: DataRequest, kind: TransferType, **options: Any) -> None:
         self._freshly_reset = False
@@ -638,14 +670,19 @@ class Host:
             self._landed(transfer)
         return status
 
-    def _landed(self, transfer: Transfer) -> None:
+    def _landed(self, transfer: Transfer) -> bool:
+        """Count a transfer out; False for one that was given up before."""
+        if transfer not in self._flying:
+            return False
         self._flying.discard(transfer)
         self._flying_bytes -= transfer.length
+        return True
 
     def _single_completed(self, transfer: Transfer) -> None:
         """A transfer that one packet asked for is done. Runs in the device's event handling."""
         with self._guard:
-            self._landed(transfer)
+            if not self._landed(transfer):
+                return
             if transfer.device_lost:
                 self._device_gone()
             packet = cast("DataRequest | None", transfer.context)
@@ -673,8 +710,7 @@ class Host:
         request = transfer.context
         self._forget_request(transfer)
         transfer.context = None
-        assert self._device is not None
-        self._device.cancel(transfer)
+        self._cancel(transfer)
         self._refuse(cast(DataRequest, request), Status.CANCELLED)
 
     # ------------------------------------------------------------ bulk streams
@@ -682,9 +718,10 @@ class Host:
     def _on_alloc_streams(self, packet: AllocBulkStreams) -> None:
         status: int = Status.IOERROR
         if self._connected and self._device is not None:
-            status, granted = self._device.alloc_streams(_addresses(packet.endpoints), packet.no_streams)
-            if status == Status.SUCCESS and granted < packet.no_streams:
-                status = Status.IOERROR
+            with self._noticing_loss():
+                status, granted = self._device.alloc_streams(_addresses(packet.endpoints), packet.no_streams)
+                if status == Status.SUCCESS and granted < packet.no_streams:
+                    status = Status.IOERROR
         self._send(
             BulkStreamsStatus(id=packet.id, endpoints=packet.endpoints, no_streams=packet.no_streams, status=status)
         )
@@ -692,7 +729,8 @@ class Host:
     def _on_free_streams(self, packet: FreeBulkStreams) -> None:
         status: int = Status.IOERROR
         if self._connected and self._device is not None:
-            status = self._device.free_streams(_addresses(packet.endpoints))
+            with self._noticing_loss():
+                status = self._device.free_streams(_addresses(packet.endpoints))
         self._send(BulkStreamsStatus(id=packet.id, endpoints=packet.endpoints, no_streams=0, status=status))
 
     # ------------------------------------------------------------ receiving streams
@@ -712,6 +750,7 @@ class Host:
         )
 
     def _start_receiving(self, endpoint: int, kind: TransferType, count: int, length: int, packet_id: int) -> None:
+        endpoint &= ENDPOINT_BITS
         slot = self._layout.endpoint(endpoint) if self._layout else None
         real_kind = slot.type if slot else TransferType.INVALID
         fits = (
@@ -721,7 +760,6 @@ class Host:
             and slot.max_packet_size > 0
             and length > 0
             and length % slot.max_packet_size == 0
-            and self._flying_bytes + count * length <= self._limits.max_transfer_bytes
         )
         if not self._connected or not fits:
             self.log(LogLevel.ERROR, f"receiving on endpoint 0x{endpoint:02x} cannot be started")
@@ -729,6 +767,8 @@ class Host:
         elif endpoint in self._streams:
             self.log(LogLevel.ERROR, f"receiving on endpoint 0x{endpoint:02x} is started already")
             self._send_stream_status(real_kind, endpoint, Status.INVAL, packet_id)
+        elif not self._room_for(count, count * length):
+            self._send_stream_status(real_kind, endpoint, Status.STALL, packet_id)
         elif self._run(Stream(kind, endpoint, count, length, self._received)):
             self._send_stream_status(kind, endpoint, Status.SUCCESS, packet_id)
 
@@ -752,7 +792,7 @@ class Host:
         """Success even when nothing was started; no answer without a device."""
         if not self._connected:
             return
-        self._end_streams([packet.endpoint])
+        self._end_streams([packet.endpoint & ENDPOINT_BITS])
         kind = self._layout_of_device().endpoint(packet.endpoint).type
         self._send_stream_status(kind, packet.endpoint, Status.SUCCESS, packet.id)
 
@@ -768,8 +808,8 @@ class Host:
         if self._streams.get(stream.endpoint) is stream:
             del self._streams[stream.endpoint]
         for transfer in stream.transfers:
-            if transfer in self._flying and self._device is not None:
-                self._device.cancel(transfer)
+            if transfer in self._flying:
+                self._cancel(transfer)
 
     def _send_stream_status(self, kind: TransferType, endpoint: int, status: Status, packet_id: int) -> None:
         packet = status_packet(kind, endpoint, status, packet_id)
@@ -779,7 +819,8 @@ class Host:
     def _received(self, transfer: Transfer) -> None:
         """A transfer of a receiving stream is done. Runs in the device's event handling."""
         with self._guard:
-            self._landed(transfer)
+            if not self._landed(transfer):
+                return
             stream = transfer.context
             assert isinstance(stream, Stream)
             if stream.state is not StreamState.ENDED:
@@ -799,12 +840,12 @@ class Host:
             stream.recoveries = 0
         else:
             self.log(LogLevel.ERROR, f"receiving on endpoint 0x{stream.endpoint:02x}: status {transfer.status}")
-        overloaded = self._parser.has_data_to_write() > MAX_STREAM_BACKLOG
+        overloaded = self._overloaded
         if overloaded:
             self._warn_overload(stream)
         # Data of a byte stream must not be lost: it is sent, and nothing more is read until the guest has caught up.
         if not overloaded or stream.kind is TransferType.BULK:
-            data = transfer.data if transfer.actual_length else b""
+            data = transfer.data if transfer.status == Status.SUCCESS else b""
             self._send(data_packet(stream, packet_id, transfer.status, data))
         if overloaded and stream.kind is TransferType.BULK:
             stream.feed(StreamInput.OVERLOAD)
@@ -832,10 +873,10 @@ class Host:
         assert self._device is not None
         self.log(LogLevel.WARNING, f"endpoint 0x{stream.endpoint:02x} stalled while receiving: started again")
         self._end_stream(stream)
-        try:
+        status: int = Status.IOERROR
+        with self._noticing_loss():
             status = self._device.clear_halt(stream.endpoint)
-        except DeviceLostError:
-            self._device_gone()
+        if not self._connected:
             return
         if status != Status.SUCCESS or stream.recoveries >= MAX_RECOVERIES:
             self._send_stream_status(stream.kind, stream.endpoint, Status.STALL, 0)

@@ -213,17 +213,17 @@ class VirtualDevice:
         """Nothing else can use a virtual device. Raises DeviceLostError after :meth:`unplug`."""
         self._check_present()
 
-    def release(self, *, give_back: bool) -> None:
-        """With *give_back* the device is reset, as a real one is before its driver returns."""
-        if give_back and not self._gone:
-            self._reset()
+    def release(self, *, give_back: bool, reset: bool = True) -> None:
+        """With *give_back* and *reset* the device starts anew, as a real one does for its driver."""
+        if give_back and reset and not self._gone:
+            self._start_anew()
 
     def set_configuration(self, value: int) -> int:
         """Select a configuration."""
         if self._gone or (value and value not in self._configurations):
             return Status.IOERROR
         self._configuration = value
-        self._reset()
+        self._start_anew()
         return Status.SUCCESS
 
     def set_alt_setting(self, interface: int, alt: int) -> int:
@@ -238,9 +238,9 @@ class VirtualDevice:
         return Status.SUCCESS
 
     def reset(self) -> None:
-        """A bus reset. The configuration stays, as after libusb's reset."""
+        """A bus reset. Configuration and alternate settings stay: libusb selects them again."""
         self._check_present()
-        self._reset()
+        self._start_anew(keep_alternates=True)
 
     def clear_halt(self, endpoint: int) -> int:
         """Clear the halt of an endpoint."""
@@ -264,9 +264,10 @@ class VirtualDevice:
         if self._gone:
             raise DeviceLostError("the virtual device is unplugged")
 
-    def _reset(self) -> None:
+    def _start_anew(self, *, keep_alternates: bool = False) -> None:
         with self._hooks:
-            self._alternates.clear()
+            if not keep_alternates:
+                self._alternates.clear()
             self._halted.clear()
             self._find_endpoints()
             self.was_reset()
