@@ -507,7 +507,7 @@ def test_descriptors(speed: Speed, packet: int) -> None:
     assert device.speed is speed
     descriptor = device.device_descriptor
     assert len(descriptor) == descriptor[0] == 18
-    assert struct.unpack_from("<HH", descriptor, 8) == (0x1209, 0x0002)
+    assert struct.unpack_from("<HH", descriptor, 8) == (0x0525, 0xA4A5)
     assert descriptor[2:4] == (b"\0\3" if speed is Speed.SUPER else b"\0\2")
     assert descriptor[7] == (9 if speed is Speed.SUPER else 64)
     configuration = device.configuration_descriptor

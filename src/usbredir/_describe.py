@@ -50,8 +50,9 @@ def describe_device(guest: Guest) -> Iterator[str]:
     yield f"Device {d.vendor_id:04x}:{d.product_id:04x}  {text(d.manufacturer_index)} {text(d.product_index)}"
     yield f"  serial number  {text(d.serial_index) or '-'}"
     yield f"  release        {d.device_version_bcd >> 8:x}.{d.device_version_bcd & 0xFF:02x}"
-    yield f"  speed          {SPEED_NAMES.get(Speed(connect.speed), 'unknown')}"
-    yield from _describe_configuration(guest, Speed(connect.speed), text)
+    speed = Speed(connect.speed) if connect.speed in set(Speed) else Speed.UNKNOWN
+    yield f"  speed          {SPEED_NAMES.get(speed, 'unknown')}"
+    yield from _describe_configuration(guest, speed, text)
 
 
 def _describe_configuration(guest: Guest, speed: Speed, text: Callable[[int], str]) -> Iterator[str]:

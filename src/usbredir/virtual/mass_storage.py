@@ -19,7 +19,8 @@ from collections.abc import Callable, Mapping
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
-from ..proto import Speed
+from ..descriptors import Configuration, DeviceDescriptor, Endpoint, Interface, build_configuration
+from ..proto import Speed, TransferType
 from .base import Answer, Setup, VirtualDevice
 from .medium import Buffer, FileMedium, Medium, MemoryMedium
 from .scsi import DataPhase, ScsiDisk, ScsiStatus, Task
@@ -29,8 +30,9 @@ __all__ = ["MassStorage"]
 _IN_ENDPOINT = 0x81
 _OUT_ENDPOINT = 0x02
 
-_VENDOR_ID = 0x1209
-_PRODUCT_ID = 0x0002
+# The ids of Linux's own mass storage gadget, which every operating system has met.
+_VENDOR_ID = 0x0525
+_PRODUCT_ID = 0xA4A5
 _MANUFACTURER = "usbredir"
 _PRODUCT = "Virtual Disk"
 
@@ -312,24 +314,31 @@ _BOS = bytes.fromhex(
 
 
 def _device_descriptor(speed: Speed) -> bytes:
-    version, packet_0 = (0x0300, 9) if speed is Speed.SUPER else (0x0200, 64)  # at super speed an exponent of 2
-    release, strings, configurations = 0x0100, (1, 2, 3), 1
-    ids = (_VENDOR_ID, _PRODUCT_ID, release)
-    return struct.pack("<BBHBBBBHHHBBBB", 18, 1, version, 0, 0, 0, packet_0, *ids, *strings, configurations)
+    super_speed = speed is Speed.SUPER
+    return DeviceDescriptor(
+        usb_bcd=0x0300 if super_speed else 0x0200,
+        device_class=0,
+        device_subclass=0,
+        device_protocol=0,
+        max_packet_size0=9 if super_speed else 64,  # at super speed an exponent of 2
+        vendor_id=_VENDOR_ID,
+        product_id=_PRODUCT_ID,
+        device_version_bcd=0x0100,
+        manufacturer_index=1,
+        product_index=2,
+        serial_index=3,
+    ).to_bytes()
 
 
 def _configuration(speed: Speed) -> bytes:
-    interface = bytes([9, 4, 0, 0, 2, 0x08, 0x06, 0x50, 0])  # mass storage, SCSI, Bulk-Only Transport
-    body = interface + _endpoint(_IN_ENDPOINT, speed) + _endpoint(_OUT_ENDPOINT, speed)
-    power = 13 if speed is Speed.SUPER else 50  # about 100 mA, in units of 8 mA or 2 mA
-    return struct.pack("<BBHBBBBB", 9, 2, 9 + len(body), 1, 1, 0, 0x80, power) + body
-
-
-def _endpoint(address: int, speed: Speed) -> bytes:
-    bulk, burst = 2, 15
-    descriptor = struct.pack("<BBBBHB", 7, 5, address, bulk, _MAX_PACKET[speed], 0)
-    companion = bytes([6, 0x30, burst, 0, 0, 0])
-    return descriptor + companion if speed is Speed.SUPER else descriptor
+    super_speed = speed is Speed.SUPER
+    endpoints = tuple(
+        Endpoint(address, TransferType.BULK, _MAX_PACKET[speed], companion=super_speed, max_burst=15)
+        for address in (_IN_ENDPOINT, _OUT_ENDPOINT)
+    )
+    interface = Interface(0, 0, 0x08, 0x06, 0x50, endpoints=endpoints)  # mass storage, SCSI, Bulk-Only Transport
+    power = 13 if super_speed else 50  # about 100 mA, in units of 8 mA or 2 mA
+    return build_configuration(Configuration(1, max_power=power, interfaces=(interface,)))
 
 
 def _decode_command(data: bytes) -> _CommandWrapper | None:
