@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ._layout import Reject, compile_decoder, header_struct
+from ._layout import Reject, compile_decoder, compile_run, header_struct
 from .capabilities import has
 from .errors import RemoteProtocolError
 from .limits import Limits
@@ -61,6 +61,8 @@ REASONS = {
 """What can be wrong with a packet, by the key that errors carry."""
 
 Decode = Callable[[bytes, int, int, bytes], Packet]
+Entry = tuple[int, int, Decode, Callable[..., int] | None]
+"""Size of the type header, largest length on the fast path, decoder, decoder of rows."""
 
 
 def packet_name(packet_type: int) -> str:
@@ -96,12 +98,13 @@ class Decoder:
         "_own",
         "_parts",
         "_peer",
-        "_pos",
         "_received",
+        "_rest",
         "_special",
         "travel",
         "_trust",
         "_unpack_header",
+        "pos",
         "skip",
     )
 
@@ -112,12 +115,13 @@ class Decoder:
         self._max_filter = limits.max_filter_text
         self._special = special
         self._chunk = b""
-        self._pos = 0
+        self.pos = 0
         self.skip = 0
         """Bytes that are still to be thrown away, as a 32-bit number; see :func:`skippable`."""
         self._large: tuple[int, bytes, int, int] | None = None  # type, type header, id, payload size
         self._parts: list[bytes | bytearray | memoryview] = []
         self._missing = 0
+        self._rest: tuple[bytes, int] | None = None  # a piece of which the open packet took the first bytes
         self._received = 0
         self._trust = FIRST_TRUST
         self._ask = READ_SIZE
@@ -130,8 +134,7 @@ class Decoder:
         header = header_struct(has(own & peer, Capability.IDS_64BITS))
         self._header_size = header.size
         self._unpack_header = header.unpack_from
-        # type -> (size of the type header, largest length on the fast path, decoder); filled on first use
-        self._entries: dict[int, tuple[int, int, Decode]] = {}
+        self._entries: dict[int, Entry] = {}  # by type, filled on first use
 
     # ------------------------------------------------------------ what came
 
@@ -154,12 +157,25 @@ class Decoder:
             piece = piece[dropped:]
         if self._large is not None:
             self._take_payload(piece)
-        elif self._pos < len(self._chunk):
-            self._chunk = self._chunk[self._pos :] + piece
-            self._pos = 0
+        elif self.pos < len(self._chunk):
+            self._complete_open_packet(bytes(piece))
         else:
             self._chunk = bytes(piece)  # no copy for bytes
-            self._pos = 0
+            self.pos = 0
+
+    def _complete_open_packet(self, piece: bytes) -> None:
+        """Put *piece* behind the open packet; where the packet lacks little, only what it lacks is copied."""
+        tail = self._chunk[self.pos :]
+        self.pos = 0
+        size = self._header_size
+        head = tail if len(tail) >= size else tail + piece[: size - len(tail)]
+        if len(head) >= size:
+            lacks = size + self._unpack_header(head, 0)[1] - len(tail)
+            if 0 < lacks <= len(piece) // 2:
+                self._chunk = tail + piece[:lacks]
+                self._rest = piece, lacks
+                return
+        self._chunk = tail + piece
 
     def _take_payload(self, piece: bytes | memoryview) -> None:
         self._missing -= len(piece)
@@ -180,13 +196,30 @@ class Decoder:
         Raises RemoteProtocolError for a bad packet, and what *deliver* raises; either way the packet counts as
         consumed, and the next call goes on behind it.
         """
+        self._parse_chunk(deliver)
+        if self._rest is not None:
+            self._take_rest()
+            self._parse_chunk(deliver)
+
+    def _take_rest(self) -> None:
+        """The open packet is complete: what came behind it is next, as if it had come by itself."""
+        assert self._rest is not None
+        piece, start = self._rest
+        self._rest = None
+        if self.pos < len(self._chunk):
+            piece, start = self._chunk[self.pos :] + piece[start:], 0
+        dropped = min(skippable(self.skip), len(piece) - start)  # the open packet had a bad header
+        self.skip -= dropped
+        self._chunk, self.pos = piece, start + dropped
+
+    def _parse_chunk(self, deliver: Callable[[Packet], None]) -> None:
         if self._large is not None:
             if self._missing:
                 return
             self._finish_large(deliver)
-        buffer, pos = self._chunk, self._pos
+        buffer, pos = self._chunk, self.pos
         end = len(buffer)
-        length = packet_type = 0
+        length = packet_type = before = 0
         # Bound to locals: attribute look-ups cost 60 ns a packet here.
         unpack_header, header_size, entries = self._unpack_header, self._header_size, self._entries
         try:
@@ -195,7 +228,7 @@ class Decoder:
                 entry = entries.get(packet_type)
                 if entry is None:
                     entry = self._entry(packet_type, length)
-                size, most, decode = entry
+                size, most, decode, run = entry
                 start = pos + header_size
                 if not size <= length <= most:
                     if packet_type not in SPECIAL or length < size or length > self._most(packet_type, size):
@@ -216,22 +249,36 @@ class Decoder:
                     break
                 pos = stop
                 deliver(decode(buffer, start, packet_id, buffer[start + size : stop]))
+                if run is None or packet_type != before:
+                    before = packet_type
+                else:  # two of a kind: probably a row of them
+                    before = 0
+                    self.pos = pos
+                    try:
+                        pos = run(self, buffer, pos, end, deliver)
+                    except BaseException:
+                        pos = self.pos
+                        raise
         except Reject as reject:
             # A bad header is known before its body has come; a bad packet was consumed as a whole.
             if reject.reason in ("bad_type", "packet_too_large", "bad_length"):
                 pos = self._drop_body(pos + header_size, end, length)
             raise self._error(packet_type, reject.reason) from None
         finally:
-            self._pos = pos
+            self.pos = pos
 
-    def _entry(self, packet_type: int, length: int) -> tuple[int, int, Decode]:
+    def _entry(self, packet_type: int, length: int) -> Entry:
         """What the loop needs of a packet type, made when the type is first met."""
         cls = PACKET_TYPES.get(packet_type)
         if cls is None or not cls.declaration.may_travel(self.travel):
             raise Reject("bad_type")
         size, decode = compile_decoder(cls.declaration, self._own & self._peer, self._own, self.travel, self._max_bulk)
         most = -1 if packet_type in SPECIAL else self._most(packet_type, size)
-        entry = self._entries[packet_type] = size, most, decode
+        run = None
+        if most >= 0:
+            wide_ids, both = self._header_size == 16, self._own & self._peer
+            run = compile_run(cls.declaration, wide_ids, both, self._own, self.travel, self._max_bulk, most)
+        entry = self._entries[packet_type] = size, most, decode, run
         return entry
 
     def _most(self, packet_type: int, size: int) -> int:
@@ -302,7 +349,9 @@ class Decoder:
             packet_type, head, packet_id, size = self._large
             header = header_struct(self._header_size == 16).pack(packet_type, len(head) + size, packet_id)
             return header, head, b"".join(self._parts)
-        rest = self._chunk[self._pos :]
+        if self._rest is not None:
+            self._take_rest()
+        rest = self._chunk[self.pos :]
         if len(rest) < self._header_size:
             return rest, b"", b""
         packet_type, length, _ = self._unpack_header(rest, 0)
@@ -339,7 +388,7 @@ class Decoder:
     def load(self, open_packet: bytes, skip: int) -> None:
         """Go on where another decoder was: *open_packet* is what it had of a packet, *skip* as its :attr:`skip`."""
         self._chunk = open_packet
-        self._pos = 0
+        self.pos = 0
         self.skip = skip
 
 

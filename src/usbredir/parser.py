@@ -201,9 +201,9 @@ class Parser:
         """Read and deliver packets until ``read`` would block.
 
         Raises: RemoteProtocolError for a bad packet (good ones before it were delivered; call again to go on),
-        ConnectionClosed at the end of the stream, QueueFullError when an acknowledgement has no room, ValueError
-        when ``read`` gives more than it was asked for, LocalProtocolError when called from ``packet_received``, and
-        what the callbacks raise. Threads: one caller at a time.
+        ConnectionClosed at the end of the stream, ValueError when ``read`` gives more than it was asked for,
+        LocalProtocolError when called from ``packet_received``, and what the callbacks raise.
+        Threads: one caller at a time.
         """
         if self._reading:
             raise LocalProtocolError("do_read was called from inside packet_received: return from it first")
@@ -300,8 +300,8 @@ class Parser:
 
     def _encoder(self, packet: Packet) -> None:
         """Make the encoder of a type that is sent for the first time."""
-        if not isinstance(packet, Packet):
-            raise TypeError(f"not a packet: {packet!r}")
+        if not isinstance(packet, Packet) or not hasattr(packet, "declaration"):
+            raise TypeError(f"not a packet of one of the 33 types: {packet!r}")
         encoders = self._encoders
         declaration = packet.declaration
         if packet.packet_type in BY_ITSELF:
@@ -319,8 +319,8 @@ class Parser:
         return compile_encoder(packet.declaration, wide_ids, both, peer, self._sends, self._limits.max_bulk)
 
     def _queue_packet(self, packet: Packet) -> None:
-        """Queue a packet of the parser's own."""
-        self._queue.push(self._compile(packet)(packet))
+        """Queue a packet of the parser's own: the peer waits for it, so no limit holds it back."""
+        self._queue.push_unlimited(self._compile(packet)(packet))
 
     def _refused(self, packet: object, why: str, reason: str) -> LocalProtocolError:
         packet_type = packet.packet_type if isinstance(packet, Packet) else None
