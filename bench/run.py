@@ -112,7 +112,9 @@ def goals(results: Results) -> Iterator[Goal]:
             continue
         text = f"{row.section} {row.kind.name}{', ' * bool(row.case)}{row.case}, times as fast as ctypes"
         if row.section == "send":
-            yield Goal(text, ratio, 2)
+            # The packet object is made anew each time, as users do: 290 of the 875 ns that a 64 B packet takes, of
+            # which 100 are CPython's call of a class with keywords. These limits only catch a step backwards.
+            yield Goal(text, ratio, 1.1 if row.case == "flush each" else 1.3)
         elif row.kind.size <= 4096:
             yield Goal(text, ratio, 3 if row.kind.size == 4096 else 5)
     if results.queue:

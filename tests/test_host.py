@@ -651,7 +651,10 @@ def test_many_requests_with_threads(writer: bool) -> None:
             assert packet.data == bytes((packet.value + n) & 0xFF for n in range(9))
     for kind in (InterruptPacket, BufferedBulkPacket):
         ids = [packet.id for packet in bed.received if isinstance(packet, kind) and is_stream_data(packet)]
-        assert ids == list(range(len(ids)))
+        if kind is BufferedBulkPacket:  # a byte stream: nothing is ever dropped
+            assert ids == list(range(len(ids)))
+        else:  # dropped where a busy machine lets more than 800 packets wait; never repeated or out of order
+            assert ids == sorted(set(ids))
         assert ids
 
 

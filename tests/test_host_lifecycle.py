@@ -615,7 +615,7 @@ def test_a_reset_that_fails(bed: Bed, device: FakeDevice) -> None:
     assert bed.news() == [
         BulkPacket(id=1, endpoint=BULK_IN, status=Status.CANCELLED),
         DeviceDisconnect(),
-        ConfigurationStatus(id=2, status=Status.IOERROR, configuration=1),
+        ConfigurationStatus(id=2, status=Status.IOERROR, configuration=0),  # the host has let go of the device
     ]
     assert bed.run() == []
     bed.acknowledge()

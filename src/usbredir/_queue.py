@@ -207,8 +207,11 @@ class OutputQueue:
                 # A single packet needs none of what follows: 500 ns less.
                 entry = entries[0]
                 offered = len(entry)
-                parts = (entry,) if isinstance(entry, bytes) else entry.parts
-                count = writev(tuple(map(memoryview, parts)))
+                if isinstance(entry, bytes):
+                    count = writev((memoryview(entry),))
+                else:
+                    header, payload = entry.parts
+                    count = writev((memoryview(header), memoryview(payload)))
                 if count == offered:
                     entries.popleft()
                     self._bytes_out += offered

@@ -8,6 +8,7 @@ device; 6 the device was lost; 7 the guest broke the protocol.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import signal
 import sys
@@ -68,8 +69,8 @@ roles:
   ADDRESS is HOST:PORT, [IPV6]:PORT or unix:/PATH. Anyone who can connect can use the device: prefer
   127.0.0.1, a Unix socket or a tunnel.
 
-exit codes: 0 ended as wanted, 2 usage, 3 device unusable, 4 address unusable, 5 refused by the guest,
-  6 device lost, 7 protocol broken by the guest
+exit codes: 0 ended as wanted, 2 usage, 3 device unusable, 4 address unusable; with --once also 5 refused by
+  the guest, 6 device lost, 7 protocol broken by the guest
 """
 
 
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         code: int = options.run(options)
     except KeyboardInterrupt:
@@ -93,7 +96,8 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def _say(message: str) -> None:
-    print(f"usbredir: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it any more: no reason to stop serving
+        print(f"usbredir: {message}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -333,6 +333,8 @@ class Host:
         else:
             with self._guard:
                 handler(packet)
+        if isinstance(self._error, DeviceLostError):
+            self._drop_device()
         self._flush()
 
     def _send(self, packet: Packet) -> None:
@@ -871,7 +873,6 @@ class Host:
     def _recover(self, stream: Stream) -> None:
         """The endpoint stalled: clear it and start again, ids from 0, without the guest noticing."""
         assert self._device is not None
-        self.log(LogLevel.WARNING, f"endpoint 0x{stream.endpoint:02x} stalled while receiving: started again")
         self._end_stream(stream)
         status: int = Status.IOERROR
         with self._noticing_loss():
@@ -879,8 +880,10 @@ class Host:
         if not self._connected:
             return
         if status != Status.SUCCESS or stream.recoveries >= MAX_RECOVERIES:
+            self.log(LogLevel.ERROR, f"endpoint 0x{stream.endpoint:02x} stalls again and again: receiving has ended")
             self._send_stream_status(stream.kind, stream.endpoint, Status.STALL, 0)
             return
+        self.log(LogLevel.WARNING, f"endpoint 0x{stream.endpoint:02x} stalled while receiving: started again")
         count = len(stream.transfers)
         self._run(Stream(stream.kind, stream.endpoint, count, stream.length, self._received, stream.recoveries + 1))
 

@@ -216,6 +216,10 @@ def _remake(cls: type[Packet], values: dict[str, Any]) -> Packet:
     return cls(**values)
 
 
+HEXADECIMAL = {"endpoint": 2, "requesttype": 2, "vendor_id": 4, "product_id": 4, "endpoints": 8}
+"""Fields that ``repr`` shows in hexadecimal, and how many digits."""
+
+
 def _show(name: str, value: Any) -> str:
     if name == "data":
         start = bytes(value[:16]).hex(" ")
@@ -226,8 +230,8 @@ def _show(name: str, value: Any) -> str:
         return f"({value[0]},) * {MAX_INTERFACES}"
     if name == "status" and value in Status._value2member_map_:
         return Status(value).name
-    if name in ("endpoint", "endpoints", "vendor_id", "product_id", "requesttype") and isinstance(value, int):
-        return f"0x{value:02x}"
+    if name in HEXADECIMAL and isinstance(value, int):
+        return f"0x{value:0{HEXADECIMAL[name]}x}"
     return repr(value)
 
 
