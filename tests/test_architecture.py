@@ -266,7 +266,7 @@ def promises() -> Iterator[Any]:
         yield pytest.param(module, name, id=f"{module}-{name}", marks=mark)
 
 
-@pytest.mark.parametrize(("module", "name"), promises())
+@pytest.mark.parametrize(("module", "name"), list(promises()))
 def test_what_is_promised_exists(module: str, name: str) -> None:
     """Names of the public contract; the first part of a dotted one is in __all__."""
     loaded = load(module)

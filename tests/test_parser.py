@@ -853,7 +853,7 @@ def fields_of_numbers() -> Iterator[Any]:
                 yield pytest.param(cls, field.name, BITS[field.wire.code], field.wire.count > 1, id=name)
 
 
-@pytest.mark.parametrize(("cls", "name", "width", "table"), fields_of_numbers())
+@pytest.mark.parametrize(("cls", "name", "width", "table"), list(fields_of_numbers()))
 def test_values_that_do_not_fit_their_field(cls: type[Packet], name: str, width: int, table: bool) -> None:
     """ValueError when the packet is built, or LocalProtocolError when it is sent; nothing is queued."""
     host, _, guest, _ = parser_pair()
