@@ -31,11 +31,12 @@ LAYERS: dict[int, str] = {
     3: "packets _queue virtual.base",
     4: "_framing _device_layout _streams virtual.loopback virtual.mass_storage",
     5: "parser virtual",
-    6: "host guest",
-    7: "transport testing _describe _disk_client",
-    8: "demo",
-    9: "cli",
-    10: "__main__",
+    6: "_link",
+    7: "host guest",
+    8: "transport testing _describe _disk_client",
+    9: "demo",
+    10: "cli",
+    11: "__main__",
 }
 """A module imports only from lower layers."""
 LEVEL = {name: level for level, names in LAYERS.items() for name in names.split()}
@@ -45,6 +46,7 @@ TESTED_ELSEWHERE = {
     "__main__": ("test_cli.py", "two lines: the command as a process"),
     "_describe": ("test_cli.py", "part of the demonstration"),
     "_disk_client": ("test_cli.py", "part of the demonstration"),
+    "_link": ("test_host.py", "what hosts and guests hand to their parser"),
     "_framing": (
         "test_parser.py",
         "the receiving half of the parser, whose promises are told there; also test_hostile",

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, cast
 
+from ._link import Link
 from .capabilities import ALL
 from .device import TransferResult
 from .errors import DeviceLostError, LocalProtocolError
@@ -52,7 +53,7 @@ from .packets import (
     StopBulkReceiving,
     StopInterruptReceiving,
 )
-from .parser import VERSION, LogLevel, Parser, ParserCallbacks, StreamCallbacks
+from .parser import VERSION, LogLevel, Parser, StreamCallbacks
 from .proto import Status
 
 __all__ = ["Guest", "GuestCallbacks"]
@@ -94,34 +95,6 @@ class _Received:
         self.waiting: deque[InterruptPacket | BufferedBulkPacket] = deque()
         self.backlog = 0
         self.ended: int | None = None
-
-
-class _Link(ParserCallbacks):
-    """What the parser sees of a guest."""
-
-    readinto: Callable[[memoryview], int | None]
-    writev: Callable[[Sequence[memoryview]], int | None]
-
-    def __init__(self, guest: Guest, application: GuestCallbacks) -> None:
-        self._guest = guest
-        self._application = application
-        readinto = getattr(application, "readinto", None)
-        if readinto is not None:
-            self.readinto = lambda buffer: None if guest._has_enough() else readinto(buffer)
-        if hasattr(application, "writev"):
-            self.writev = application.writev
-
-    def log(self, level: LogLevel, message: str) -> None:
-        self._application.log(level, message)
-
-    def read(self, count: int) -> bytes | bytearray | memoryview | None:
-        return None if self._guest._has_enough() else self._application.read(count)
-
-    def write(self, data: memoryview) -> int | None:
-        return self._application.write(data)
-
-    def packet_received(self, packet: Packet) -> None:
-        self._guest._packet_received(packet)
 
 
 class Guest:
@@ -187,7 +160,8 @@ class Guest:
             InterruptPacket: self._on_interrupt,
             BufferedBulkPacket: self._on_stream_data,
         }
-        self._parser = Parser(_Link(self, callbacks), version=version, capabilities=capabilities, limits=limits)
+        link = Link(callbacks, self._has_enough, self._packet_received)
+        self._parser = Parser(link, version=version, capabilities=capabilities, limits=limits)
 
     # ------------------------------------------------------------ the connection
 

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from . import filter as _filter
 from ._device_layout import DeviceLayout
+from ._link import Link
 from ._redirection import TRANSITIONS, Action, Input, Redirection
 from ._streams import (
     INTERRUPT_TRANSFERS,
@@ -69,7 +70,7 @@ from .packets import (
     StopInterruptReceiving,
     StopIsoStream,
 )
-from .parser import VERSION, LogLevel, Parser, ParserCallbacks, StreamCallbacks
+from .parser import VERSION, LogLevel, Parser, StreamCallbacks
 from .proto import Capability, Status, TransferType, endpoint_address
 
 __all__ = ["Host", "HostCallbacks", "Limits", "check_device_filter"]
@@ -110,34 +111,6 @@ class HostCallbacks(StreamCallbacks):
 
     def flush_writes(self) -> None:
         """Something was queued: call :meth:`Host.write_guest_data` now or soon."""
-
-
-class _Link(ParserCallbacks):
-    """What the parser sees of a host: the application's stream, the host's handlers."""
-
-    readinto: Callable[[memoryview], int | None]
-    writev: Callable[[Sequence[memoryview]], int | None]
-
-    def __init__(self, host: Host, application: HostCallbacks) -> None:
-        self._host = host
-        self._application = application
-        readinto = getattr(application, "readinto", None)
-        if readinto is not None:
-            self.readinto = lambda buffer: None if host._must_pause_reading() else readinto(buffer)
-        if hasattr(application, "writev"):
-            self.writev = application.writev
-
-    def log(self, level: LogLevel, message: str) -> None:
-        self._application.log(level, message)
-
-    def read(self, count: int) -> bytes | bytearray | memoryview | None:
-        return None if self._host._must_pause_reading() else self._application.read(count)
-
-    def write(self, data: memoryview) -> int | None:
-        return self._application.write(data)
-
-    def packet_received(self, packet: Packet) -> None:
-        self._host._packet_received(packet)
 
 
 class Host:
@@ -211,7 +184,7 @@ class Host:
         }
         # Replies are never refused at a queue limit; reading pauses instead.
         self._parser = Parser(
-            _Link(self, callbacks),
+            Link(callbacks, self._must_pause_reading, self._packet_received),
             version=version,
             capabilities=ALL,
             usb_host=True,
