@@ -56,7 +56,7 @@ from .packets import (
 from .parser import VERSION, LogLevel, Parser, StreamCallbacks
 from .proto import Status
 
-__all__ = ["Guest", "GuestCallbacks"]
+__all__ = ["Guest", "GuestCallbacks", "TransferResult"]
 
 CANCEL_GRACE = 5.0
 """Seconds that the host has to answer a cancelled request; later answers are dropped."""
