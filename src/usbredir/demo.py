@@ -23,10 +23,10 @@ from .virtual.fat import FatReader, make_image
 
 __all__ = ["run"]
 
-IMAGE_BYTES = 32 * 1024 * 1024
-PICTURE_BYTES = 1024 * 1024
+IMAGE_BYTES = 16 * 1024 * 1024
+PICTURE_BYTES = 512 * 1024
 READ_BYTES = 1024 * 1024
-READ_SECONDS = 0.8
+READ_SECONDS = 0.6
 """How long the throughput is measured, and the latency."""
 CONNECT_SECONDS = 10.0
 BAR = 32
