@@ -480,12 +480,12 @@ def test_demo_as_a_process() -> None:
     assert finished.returncode == ExitCode.OK, finished.stderr
     assert not finished.stderr
     for pattern in (
-        r"A virtual USB stick of 32 MiB is exported on 127\.0\.0\.1:\d+",
+        r"A virtual USB stick of 16 MiB is exported on 127\.0\.0\.1:\d+",
         r"Device 0525:a4a5 ",
         r"Interface 0\.0  mass storage",
         r"README\.TXT +\d+ bytes  sha256 [0-9a-f]{16}",
         r"hello world\.txt +14 bytes",
-        r"PICTURE\.BIN +1,048,576 bytes",
+        r"PICTURE\.BIN +524,288 bytes",
         r"This stick is made of Python",
         r"Sequential reads of 1 MiB: \d+ MB/s",
         r"half within \d+ us, 99 % within \d+ us",
