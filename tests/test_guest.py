@@ -885,3 +885,12 @@ def test_a_request_asks_for_writing_until_it_is_written(
     assert asked == [True]
     assert prey.has_data_to_write() == 1
     assert Reset() != GetConfiguration()
+
+
+def test_endless_disconnects_do_not_fill_the_queue(prey: Guest, raw: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wants to be confirmed; a host that does not read the confirmations is not read either."""
+    monkeypatch.setattr(prey._parser._queue, "_drain", lambda: True)  # the host takes nothing
+    for _ in range(20):
+        raw.send(*[DeviceDisconnect()] * 1000)
+        prey.process()
+    assert prey.has_data_to_write() <= guest_module.MAX_WAITING + 65536 // 16

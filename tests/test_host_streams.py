@@ -735,3 +735,14 @@ def test_a_guest_that_never_reads_cannot_fill_the_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_bulk_receiving_without_the_capability_is_not_started(device: FakeDevice) -> None:
+    """Neither status nor data could be sent: the device would be read for nothing, without end."""
+    bed = Bed(device, capabilities=[])
+    end = len(bed.received)
+    # A guest's parser refuses to send it, so it is put on the wire by hand: the guest has 32-bit ids.
+    bed.host._packet_received(StartBulkReceiving(id=1, endpoint=BULK_IN, bytes_per_transfer=512, no_transfers=4))
+    assert device.in_flight == []
+    assert bed.received[end:] == []
+    assert any("without that capability" in message for _, message in bed.messages)

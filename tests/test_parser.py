@@ -1733,3 +1733,19 @@ def test_packets_before_hello_are_delivered() -> None:
     end = End(raw_packet(PacketType.SET_CONFIGURATION, b"\1", 7, wide=False))
     Parser(end, usb_host=True).do_read()
     assert end.received == [SetConfiguration(id=7, configuration=1)]
+
+
+def test_a_bad_header_that_is_still_to_be_told_is_not_serialized() -> None:
+    """Such a state could never be loaded."""
+
+    pieces = [struct.pack("<III", 99, 0, 0) + struct.pack("<III", 1, 5000, 0) + b"x" * 10]
+
+    class Stream(ParserCallbacks):
+        def read(self, count: int) -> bytes | None:
+            return pieces.pop() if pieces else None
+
+    parser = Parser(Stream())
+    with pytest.raises(RemoteProtocolError):
+        parser.do_read()
+    with pytest.raises(StateError, match="do_read"):
+        parser.serialize()

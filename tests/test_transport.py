@@ -592,3 +592,20 @@ def test_systems_without_vectored_writes(ends: tuple[Connection, Connection], mo
     monkeypatch.setattr(near, "_socket", Plain(near._socket))
     assert near.writev([memoryview(b"one"), memoryview(b"two")]) == 3
     assert read_all(far, 3) == b"one"
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets")
+def test_a_unix_socket_whose_owner_is_busy_is_left_alone(tmp_path: Path) -> None:
+    """As many wait there as fit: asking whether it is stale must not wait as well."""
+    path = str(tmp_path / "busy")
+    with socket.socket(socket.AF_UNIX) as owner:
+        owner.bind(path)
+        owner.listen(0)
+        waiting = [socket.socket(socket.AF_UNIX) for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(path)
+        with pytest.raises(OSError, match="in use"):
+            listen(f"unix:{path}")
+        for one in waiting:
+            one.close()

@@ -846,3 +846,57 @@ def test_two_threads_that_handle_events(device: Device) -> None:
     for worker in workers:
         worker.join(PATIENCE)
     assert done == total
+
+
+# ---------------------------------------------------------------- completions that raise
+
+
+class Breaks:
+    """A completion that raises the first time."""
+
+    def __init__(self) -> None:
+        self.done: list[Transfer] = []
+
+    def __call__(self, transfer: Transfer) -> None:
+        self.done.append(transfer)
+        if len(self.done) == 1:
+            raise OSError("the connection is broken")
+
+
+@pytest.mark.parametrize("how", ["completed", "cancelled", "unplugged"])
+def test_a_completion_that_raises_loses_no_other(device: Device, how: str) -> None:
+    """Each transfer completes exactly once; the device goes on at the next call."""
+    breaks = Breaks()
+    device.accept = None if how == "completed" else Answer.NAK
+    transfers = [Transfer(BULK, OUT, 1, breaks, data=b"x") for _ in range(3)]
+    for transfer in transfers:
+        assert device.submit(transfer) == Status.SUCCESS
+    if how != "completed":
+        device.handle_events(0)
+    for transfer in transfers if how == "cancelled" else []:
+        device.cancel(transfer)
+    if how == "unplugged":
+        device.unplug()
+    with pytest.raises(OSError, match="broken"):
+        device.handle_events(0)
+    assert device.next_timeout() == 0.0
+    for _ in range(3):
+        device.handle_events(0)
+    assert breaks.done == transfers
+
+
+def test_a_completion_may_handle_events(device: Device) -> None:
+    """As a host does that gives its device up inside a completion."""
+    done: list[Transfer] = []
+
+    def completed(transfer: Transfer) -> None:
+        done.append(transfer)
+        device.handle_events(0)
+        device.unplug()
+        device.handle_events(0)
+
+    transfers = [Transfer(BULK, OUT, 1, completed, data=b"x") for _ in range(3)]
+    for transfer in transfers:
+        device.submit(transfer)
+    device.handle_events(0)
+    assert sorted(map(id, done)) == sorted(map(id, transfers))

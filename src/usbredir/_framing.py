@@ -354,11 +354,10 @@ class Decoder:
         rest = self._chunk[self.pos :]
         if len(rest) < self._header_size:
             return rest, b"", b""
-        packet_type, length, _ = self._unpack_header(rest, 0)
-        try:
-            size = (self._entries.get(packet_type) or self._entry(packet_type, length))[0]
-        except Reject:
-            return None
+        if self.header_problem(rest):
+            return None  # its error is still to be raised
+        length = self._unpack_header(rest, 0)[1]
+        size = self.type_header_size(rest)
         if len(rest) > self._header_size + length:
             return None
         body = self._header_size + size

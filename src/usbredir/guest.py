@@ -62,6 +62,8 @@ CANCEL_GRACE = 5.0
 """Seconds that the host has to answer a cancelled request; later answers are dropped."""
 MAX_BACKLOG = 64 * 1024 * 1024
 """Received stream data that waits to be taken, in bytes per endpoint; more ends in an error."""
+MAX_WAITING = 4096
+"""Packets waiting to be written above which nothing is read."""
 READS_AT_ONCE = 16
 """Reads before a call looks at its timeout again."""
 PACKET_COST = 128
@@ -462,6 +464,8 @@ class Guest:
         host sends without a pause, and the call has to look at its timeout.
         """
         self._reads_left -= 1
+        if self._parser.has_data_to_write() > MAX_WAITING:
+            return True  # a host that floods us with what we must confirm, and does not read
         return self._reads_left < 0 or (self._done is not None and self._done())
 
     # ------------------------------------------------------------ packets from the host

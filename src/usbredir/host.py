@@ -398,8 +398,10 @@ class Host:
             self._cancel_all()
         if not self._drain():
             self.log(LogLevel.ERROR, "the device does not give its transfers back: released all the same")
-        with contextlib.suppress(DeviceLostError):
+        try:
             device.release(give_back=True, reset=self._resettable)
+        except DeviceError as error:
+            self.log(LogLevel.WARNING, f"the device cannot be given back as it was: {error}")
         with self._guard:
             self._device = None
             self._layout = None
@@ -720,6 +722,10 @@ class Host:
         self._start_receiving(packet.endpoint, TransferType.INTERRUPT, INTERRUPT_TRANSFERS, size, packet.id)
 
     def _on_start_bulk_receiving(self, packet: StartBulkReceiving) -> None:
+        if not self._parser.peer_has_capability(Capability.BULK_RECEIVING):
+            # Neither a status nor data could be sent: the device would be read for nothing, without end.
+            self.log(LogLevel.ERROR, "the guest starts bulk receiving without that capability: ignored")
+            return
         self._start_receiving(
             packet.endpoint, TransferType.BULK, packet.no_transfers, packet.bytes_per_transfer, packet.id
         )

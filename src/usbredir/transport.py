@@ -172,15 +172,20 @@ class Listener:
             sock, peer = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None
-        return Connection(sock, _peer_name(peer))
+        try:
+            return Connection(sock, _peer_name(peer))
+        except OSError:  # it has gone again
+            sock.close()
+            return None
 
     def refuse(self) -> str | None:
-        """Accept and close one connection that waits; its name, or None."""
-        connection = self.accept(0)
-        if connection is None:
-            return None
-        connection.close()
-        return connection.name
+        """Accept and close one connection that waits; its name, or None. Never raises: others must not suffer."""
+        with contextlib.suppress(OSError):
+            connection = self.accept(0)
+            if connection is not None:
+                connection.close()
+                return connection.name
+        return None
 
     def close(self) -> None:
         """Stop listening; a Unix socket's file is removed. Idempotent."""
@@ -244,8 +249,11 @@ def _remove_stale(path: str) -> None:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
             try:
                 probe.connect(path)
+            except BlockingIOError:
+                return  # somebody is there, with as many waiting as fit
             except ConnectionRefusedError:
                 os.unlink(path)
 

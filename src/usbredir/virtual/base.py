@@ -326,15 +326,18 @@ class VirtualDevice:
             return
         try:
             submitted, cancelled, work = self._wait_for_work(timeout)
-            work = self._run_timers() or work
             for transfer in submitted:
                 self._enqueue(transfer)
             if cancelled:
-                self._end(cancelled.__contains__, Status.CANCELLED)
+                self._end_cancelled(cancelled)
+            work = self._run_timers() or work
             if self._gone or self._closed:
                 self._end(lambda transfer: True, Status.IOERROR, device_lost=True)
             elif work:
                 self._ask_hooks()
+        except BaseException:  # of a completion: what is left goes on at the next call
+            self.notify()
+            raise
         finally:
             self._turn.release()
 
@@ -343,7 +346,7 @@ class VirtualDevice:
         with self._condition:
             if timeout != 0:
                 waits = [wait for wait in (timeout, self.next_timeout()) if wait is not None]
-                self._condition.wait_for(lambda: self._work, min(waits) if waits else None)
+                self._condition.wait_for(lambda: self._work or self._closed, min(waits) if waits else None)
             submitted = list(self._submitted)
             self._submitted.clear()
             cancelled, self._cancelled = self._cancelled, set()
@@ -420,7 +423,8 @@ class VirtualDevice:
         progress = False
         for endpoint, queue in list(self._queues.items()):
             for _ in range(len(queue)):
-                if not self._ask_hook(endpoint, queue):
+                # A completion may have handled events itself, and emptied the queue.
+                if not queue or not self._ask_hook(endpoint, queue):
                     break
                 progress = True
         if progress and any(self._queues.values()):
@@ -494,16 +498,20 @@ class VirtualDevice:
 
     def _end(self, which: Callable[[Transfer], bool], status: Status, *, device_lost: bool = False) -> None:
         """Take transfers out of their queues and complete them with *status*."""
-        for queue in self._queues.values():
-            ended = [transfer for transfer in queue if which(transfer)]
-            if not ended:
-                continue
-            kept = [transfer for transfer in queue if not which(transfer)]
-            queue.clear()
-            queue.extend(kept)
-            for transfer in ended:
-                transfer.device_lost = device_lost
-                self._complete(transfer, status)
+        for queue in list(self._queues.values()):
+            for transfer in [transfer for transfer in queue if which(transfer)]:
+                if transfer in queue:  # a completion may have handled events itself
+                    queue.remove(transfer)
+                    transfer.device_lost = device_lost
+                    self._complete(transfer, status)
+
+    def _end_cancelled(self, cancelled: set[Transfer]) -> None:
+        try:
+            self._end(cancelled.__contains__, Status.CANCELLED)
+        except BaseException:  # the rest is cancelled at the next call
+            with self._condition:
+                self._cancelled |= cancelled
+            raise
 
     # ------------------------------------------------------------ control requests
 
