@@ -10,6 +10,7 @@ import io
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -395,6 +396,38 @@ class Exporter:
 def guest_at(address: str) -> tuple[Connection, Guest]:
     connection = connect(address, PATIENCE)
     return connection, Guest(GuestConnection(connection))
+
+
+def test_a_killed_exporter_loses_nothing_that_was_synced(image: Path) -> None:
+    """WRITE(10), SYNCHRONIZE CACHE(10), SIGKILL: the block is in the file, and a new exporter serves it."""
+    block = b"synced! " * 64
+    size = image.stat().st_size
+    assert block not in image.read_bytes()
+
+    def command(guest: Guest, cdb: bytes, data: bytes = b"") -> None:
+        wrapper = struct.pack("<4sIIBBB16s", b"USBC", 1, len(data), 0, 0, len(cdb), cdb)
+        for piece in [wrapper, data] if data else [wrapper]:
+            assert guest.bulk_out(0x02, piece, timeout=PATIENCE).status == Status.SUCCESS
+        assert bytes(guest.bulk_in(0x81, 13, timeout=PATIENCE).data)[12] == 0
+
+    with Exporter("--virtual", f"disk:{image}", "--as", "127.0.0.1:0") as exporter:
+        connection, guest = guest_at(exporter.address())
+        with connection, guest:
+            guest.wait_for_device(PATIENCE)
+            DiskClient(guest).test_unit_ready()  # takes the unit attention of the reset
+            command(guest, struct.pack(">BBIBHB", 0x2A, 0, 3, 0, 1, 0), block)
+            command(guest, struct.pack(">BBIBHB", 0x35, 0, 0, 0, 0, 0))
+            exporter.process.kill()
+            exporter.process.wait(PATIENCE)
+    assert image.read_bytes()[3 * 512 : 4 * 512] == block
+    assert image.stat().st_size == size
+    with Exporter("--virtual", f"disk:{image}", "--as", "127.0.0.1:0") as exporter:
+        connection, guest = guest_at(exporter.address())
+        with connection, guest:
+            guest.wait_for_device(PATIENCE)
+            disk = DiskClient(guest)
+            disk.test_unit_ready()
+            assert disk.read_blocks(3, 1) == block
 
 
 def test_once(image: Path) -> None:

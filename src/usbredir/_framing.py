@@ -202,15 +202,9 @@ class Decoder:
             self._parse_chunk(deliver)
 
     def _take_rest(self) -> None:
-        """The open packet is complete: what came behind it is next, as if it had come by itself."""
+        """The open packet was complete, good or bad, so nothing of it is left: what came behind it is next."""
         assert self._rest is not None
-        piece, start = self._rest
-        self._rest = None
-        if self.pos < len(self._chunk):
-            piece, start = self._chunk[self.pos :] + piece[start:], 0
-        dropped = min(skippable(self.skip), len(piece) - start)  # the open packet had a bad header
-        self.skip -= dropped
-        self._chunk, self.pos = piece, start + dropped
+        (self._chunk, self.pos), self._rest = self._rest, None
 
     def _parse_chunk(self, deliver: Callable[[Packet], None]) -> None:
         if self._large is not None:
