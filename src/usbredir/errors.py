@@ -95,23 +95,42 @@ class FilterSyntaxError(UsbRedirError, ValueError):
 
 
 class DeviceError(UsbRedirError):
-    """Something is wrong with the USB device."""
+    """Something is wrong with the USB device.
+
+    Attributes:
+        reason: a short fixed key for programs: ``"missing"``, ``"busy"``, ``"forbidden"``, ``"unconfigured"``,
+            ``"filtered"``, ``"lost"``, ``"rejected"`` or ``"unusable"``.
+    """
+
+    default_reason = "unusable"
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or self.default_reason
 
 
 class DeviceLostError(DeviceError):
     """The device is gone; the guest has been told."""
 
+    default_reason = "lost"
+
 
 class DeviceRejectedError(DeviceError):
     """The guest does not accept the device (a filter, a wrong speed)."""
+
+    default_reason = "rejected"
 
 
 class DeviceClaimError(DeviceError):
     """The device is in use by another program, or permission is missing."""
 
+    default_reason = "busy"
+
 
 class DeviceNotFoundError(DeviceError):
     """There is no such device."""
+
+    default_reason = "missing"
 
 
 class ConnectionClosed(UsbRedirError):

@@ -1,0 +1,1 @@
+"""Real devices: each module here makes :class:`~usbredir.device.UsbDevice` objects of what a library finds."""
