@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from usbredir.capabilities import ALL
 from usbredir.descriptors import Configuration, DeviceDescriptor, Endpoint, Interface, build_configuration
-from usbredir.device import Transfer, UsbDevice
+from usbredir.device import IsoResult, Transfer, UsbDevice
 from usbredir.host import Host, HostCallbacks
 from usbredir.limits import Limits
 from usbredir.locking import LockCallbacks, ThreadingLocks
@@ -198,13 +198,20 @@ class FakeDevice:
         *,
         length: int | None = None,
         lost: bool = False,
+        packets: Sequence[tuple[int, bytes]] = (),
     ) -> None:
-        """Complete *transfer*, the oldest one unless told; *length* is what an OUT transfer moved."""
+        """Complete *transfer*, the oldest one unless told.
+
+        *length* is what an OUT transfer moved, *packets* (status, data) of an isochronous one's; those of a transfer
+        that fails as a whole are what they were before.
+        """
         transfer = self.in_flight[0] if transfer is None else transfer
         self.in_flight.remove(transfer)
         self.calls.append(("completed", transfer.endpoint))
         transfer.status = Status.IOERROR if lost else status
         transfer.device_lost = lost
+        if packets:
+            transfer.iso_results = [IsoResult(*packet) for packet in packets]
         if transfer.endpoint & 0x80:
             transfer.data, transfer.actual_length = data, len(data)
         else:

@@ -322,7 +322,7 @@ def test_failure_while_another_device_is_connected(device: FakeDevice) -> None:
 
 
 def test_what_is_no_device() -> None:
-    with pytest.raises(TypeError, match="not a UsbDevice"):
+    with pytest.raises(TypeError, match="neither a UsbDevice nor"):
         Host(HostCallbacks(), cast(UsbDevice, object()))
 
 

@@ -342,7 +342,7 @@ def test_interrupt_in_cannot_be_asked_for(bed: Bed, device: FakeDevice) -> None:
 
 
 def test_iso_packets(bed: Bed) -> None:
-    """No isochronous stream is ever started."""
+    """Not without a stream, see test_host_iso."""
     for endpoint in (ISO_OUT, BULK_OUT, MISSING_OUT):
         assert bed.ask(IsoPacket(id=4, endpoint=endpoint, data=b"x")) == [
             IsoStreamStatus(id=4, endpoint=endpoint, status=Status.INVAL)

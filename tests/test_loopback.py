@@ -204,15 +204,70 @@ def test_the_silent_endpoint(bench: Bench) -> None:
     assert transfer.status == Status.CANCELLED
 
 
-def test_iso(bench: Bench) -> None:
+def iso_in(bench: Bench, packets: int, room: int = 10) -> Transfer:
+    return bench.start(0x84, packets * room, kind=ISO, iso_lengths=[room] * packets)
+
+
+def test_iso_source(bench: Bench) -> None:
+    """A counter of packets, then the pattern; after a period for each packet, all at once."""
     assert bench.device.set_alt_setting(1, 1) == Status.SUCCESS
-    received = bench.start(0x84, 20, kind=ISO, iso_lengths=[10, 10])
-    sent = bench.start(0x04, data=bytes(30), kind=ISO, iso_lengths=[10, 10, 10])
+    transfer = iso_in(bench, 8)
     bench.run()
-    assert [bytes(result.data) for result in received.iso_results] == [bytes(range(10))] * 2
+    assert bench.device.next_timeout() == pytest.approx(0.001)
+    bench.run(0.0009)
+    assert transfer.context == []
+    bench.run(0.0002)
+    assert transfer.context == [transfer]
+    expected = [struct.pack("<Q", number) + bytes((8, 9)) for number in range(8)]
+    assert [(result.status, bytes(result.data)) for result in transfer.iso_results] == [(0, data) for data in expected]
+    second = iso_in(bench, 1, room=4)
+    bench.run()
+    bench.run(1)
+    assert [bytes(result.data) for result in second.iso_results] == [struct.pack("<I", 8)]
+
+
+def test_iso_sink(bench: Bench) -> None:
+    bench.device.set_alt_setting(1, 1)
+    sent = bench.start(0x04, data=bytes(31), kind=ISO, iso_lengths=[10, 1, 20])
+    bench.run()
+    assert sent.context == []
+    bench.run(0.0004)
     assert [result.status for result in sent.iso_results] == [0, 0, 0]
     counters = bench.counters()
-    assert (counters["iso_packets"], counters["iso_bytes"]) == (3, 30)
+    assert (counters["iso_packets"], counters["iso_bytes"]) == (3, 31)
+
+
+@pytest.mark.parametrize(("alternate", "most"), [(1, 1023), (2, 3072)])
+def test_iso_packets_are_no_longer_than_the_endpoint_allows(bench: Bench, alternate: int, most: int) -> None:
+    bench.device.set_alt_setting(1, alternate)
+    transfer = iso_in(bench, 2, room=5000)
+    bench.run()
+    bench.run(1)
+    assert [len(result.data) for result in transfer.iso_results] == [most, most]
+
+
+def test_iso_at_its_fastest() -> None:
+    bench = Bench(iso_period=0)
+    bench.device.set_alt_setting(1, 1)
+    transfers = [iso_in(bench, 2) for _ in range(3)]
+    bench.run()
+    numbers = [struct.unpack_from("<Q", result.data)[0] for transfer in transfers for result in transfer.iso_results]
+    assert numbers == [0, 1, 2, 3, 4, 5]
+    bench.device.close()
+
+
+def test_the_iso_period_by_request(bench: Bench) -> None:
+    """A transfer that is on its way keeps its time."""
+    bench.device.set_alt_setting(1, 1)
+    first, second = iso_in(bench, 2), iso_in(bench, 2)
+    bench.run()
+    assert bench.vendor(0x13, 1000) == b""
+    bench.run(0.0003)
+    assert (first.context, second.context) == ([first], [])
+    bench.run(0.0015)
+    assert second.context == []
+    bench.run(0.0005)
+    assert second.context == [second]
 
 
 # ================================================================ vendor requests
@@ -268,7 +323,6 @@ def test_period_by_request(bench: Bench) -> None:
     assert bench.device.next_timeout() == pytest.approx(0.02)
     bench.run(0.02)
     assert transfer.context == [transfer]
-    assert bench.vendor(0x13, 1000) == b""
 
 
 @pytest.mark.parametrize(("request_number", "length"), [(0x99, 0), (0x99, 4), (0x02, 4), (0x01, 0)])

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from usbredir._streams import TRANSITIONS, Stream, StreamInput, StreamState, data_packet, status_packet
+from usbredir._streams import (
+    ISO_TIMEOUT,
+    TRANSITIONS,
+    Shape,
+    Stream,
+    StreamInput,
+    StreamState,
+    data_packet,
+    status_packet,
+)
 from usbredir.device import Transfer
 from usbredir.packets import (
     BufferedBulkPacket,
@@ -17,11 +26,12 @@ from usbredir.packets import (
 from usbredir.proto import Status, TransferType
 
 
-def stream(kind: TransferType = TransferType.BULK, count: int = 3, recoveries: int = 0) -> Stream:
-    def completed(transfer: Transfer) -> None:
-        raise AssertionError("nothing completes here")
+def completed(transfer: Transfer) -> None:
+    raise AssertionError("nothing completes here")
 
-    return Stream(kind, 0x81, count, 512, completed, recoveries)
+
+def stream(kind: TransferType = TransferType.BULK, count: int = 3, recoveries: int = 0) -> Stream:
+    return Stream(Shape(kind, 0x81, count, 512), completed, recoveries)
 
 
 def after(state: StreamState, event: StreamInput) -> StreamState:
@@ -48,12 +58,14 @@ def test_a_new_run() -> None:
     """It runs, with transfers of its own that are ready to be submitted."""
     run = stream(count=3, recoveries=2)
     assert run.state is StreamState.RUNNING
-    assert (run.idle, run.recoveries, run.size) == ([], 2, 3 * 512)
+    assert (run.idle, run.recoveries, run.reserved, run.shape.size) == ([], 2, 0, 3 * 512)
+    assert run.first_transfers() == run.transfers
     assert len(set(run.transfers)) == 3
     for transfer in run.transfers:
         assert (transfer.kind, transfer.endpoint, transfer.length) == (TransferType.BULK, 0x81, 512)
         assert transfer.context is run
-        assert transfer.timeout == 0
+        assert (transfer.timeout, transfer.iso_lengths) == (0, ())
+        assert run.id_of(transfer) == 0
 
 
 def test_runs_share_nothing() -> None:
@@ -62,6 +74,42 @@ def test_runs_share_nothing() -> None:
     assert not set(old.transfers) & set(new.transfers)
     old.feed(StreamInput.END)
     assert new.state is StreamState.RUNNING
+
+
+def test_the_run_after_a_stall() -> None:
+    """The same again, one recovery later, with transfers of its own."""
+    old = stream(count=3, recoveries=2)
+    new = old.again()
+    assert (type(new), new.shape, new.recoveries) == (Stream, old.shape, 3)
+    assert not set(old.transfers) & set(new.transfers)
+
+
+def test_isochronous_transfers() -> None:
+    """Room for each packet, and a timeout."""
+    transfer = Shape(TransferType.ISO, 0x81, 1, 30, 3).transfer(stream(), completed)
+    assert (transfer.length, transfer.iso_lengths, transfer.timeout) == (30, (10, 10, 10), ISO_TIMEOUT)
+
+
+@pytest.mark.parametrize(
+    ("transfers", "length", "packets", "fits"),
+    [
+        (1, 8, 1, True),
+        (16, 16, 2, True),
+        (1, 8 * 32, 32, True),
+        (0, 8, 1, False),
+        (17, 8, 1, False),
+        (1, 8 * 33, 33, False),
+        (1, 0, 0, False),
+        (1, 0, 1, False),
+        (1, 12, 1, False),
+    ],
+)
+def test_what_fits(transfers: int, length: int, packets: int, fits: bool) -> None:
+    """On an endpoint of 8 bytes, nothing on one of none or of another type."""
+    shape = Shape(TransferType.ISO, 0x81, transfers, length, packets)
+    assert shape.fits(TransferType.ISO, 8) is fits
+    assert not shape.fits(TransferType.ISO, 0)
+    assert not shape.fits(TransferType.BULK, 8)
 
 
 def test_ids_count_from_zero() -> None:

@@ -64,6 +64,7 @@ class Device(VirtualDevice):
         self.events: list[object] = []
         self.answers: dict[int, Any] = {}
         self.accept: Answer | None = None
+        self.period = 0.0
         self.control: Callable[[Setup, bytes], Any] = lambda setup, data: Answer.STALL
         arguments = {
             "device_descriptor": DEVICE_DESCRIPTOR,
@@ -86,6 +87,9 @@ class Device(VirtualDevice):
 
     def control_request(self, setup: Setup, data: bytes) -> Any:
         return self.control(setup, data)
+
+    def packet_period(self, endpoint: int) -> float:
+        return self.period
 
     def halt_cleared(self, endpoint: int) -> None:
         self.events.append(("cleared", endpoint))
@@ -552,6 +556,91 @@ def test_iso_out(device: Device) -> None:
     device.handle_events(0)
     assert device.events == [(ISO_OUT, b"aa"), (ISO_OUT, b"bbb"), (ISO_OUT, b"c")]
     assert [result.status for result in transfer.iso_results] == [0, 0, 0]
+
+
+def paced(device: Device, *, period: float = 0.25) -> None:
+    """Powers of two: sums are exact."""
+    device.set_alt_setting(1, 1)
+    device.period = period
+    device.answers[ISO_IN] = b"x"
+
+
+def advance(device: Device, seconds: float) -> None:
+    device.clock.now += seconds
+    for _ in range(3):
+        device.handle_events(0)
+
+
+def test_paced_transfers(device: Device) -> None:
+    """Each completes as a whole when the time of its packets is over, one after the other; the hooks are asked then."""
+    paced(device)
+    first = device.start(ISO_IN, 4, kind=ISO, iso_lengths=[1] * 4)
+    second = device.start(ISO_IN, 2, kind=ISO, iso_lengths=[1] * 2)
+    device.answers[ISO_IN] = []
+    advance(device, 0)
+    assert device.next_timeout() == 1.0
+    advance(device, 0.75)
+    assert not is_done(first)
+    device.answers[ISO_IN] = b"y"
+    advance(device, 0.25)
+    assert is_done(first)
+    assert [result.data for result in first.iso_results] == [b"y"] * 4
+    assert device.next_timeout() == 0.5
+    assert not is_done(second)
+    advance(device, 0.5)
+    assert is_done(second)
+    assert device.next_timeout() is None
+
+
+def test_paced_transfers_catch_up(device: Device) -> None:
+    """Late event handling costs no time of transfers that were there; one that comes late starts when it comes."""
+    paced(device)
+    early = [device.start(ISO_IN, 1, kind=ISO, iso_lengths=[1]) for _ in range(3)]
+    advance(device, 0)
+    advance(device, 10)
+    assert all(map(is_done, early))
+    late = device.start(ISO_IN, 1, kind=ISO, iso_lengths=[1])
+    advance(device, 0)
+    assert device.next_timeout() == 0.25
+    advance(device, 0.25)
+    assert is_done(late)
+
+
+def test_endpoints_have_their_own_pace(device: Device) -> None:
+    paced(device)
+    incoming = device.start(ISO_IN, 1, kind=ISO, iso_lengths=[1])
+    outgoing = device.start(ISO_OUT, data=b"abcd", kind=ISO, iso_lengths=[1] * 4)
+    advance(device, 0)
+    advance(device, 0.25)
+    assert (is_done(incoming), is_done(outgoing)) == (True, False)
+    advance(device, 0.75)
+    assert is_done(outgoing)
+
+
+def test_a_cancelled_paced_transfer_takes_no_time(device: Device) -> None:
+    """However often a host starts and stops, what comes then is not late."""
+    paced(device)
+    for _ in range(100):
+        transfers = [device.start(ISO_IN, 32, kind=ISO, iso_lengths=[1] * 32) for _ in range(4)]
+        advance(device, 0)
+        for transfer in transfers:
+            device.cancel(transfer)
+        advance(device, 0)
+        assert [transfer.status for transfer in transfers] == [Status.CANCELLED] * 4
+    assert device.next_timeout() is None
+    last = device.start(ISO_IN, 1, kind=ISO, iso_lengths=[1])
+    advance(device, 0)
+    advance(device, 0.25)
+    assert is_done(last)
+
+
+def test_a_paced_transfer_can_time_out(device: Device) -> None:
+    paced(device)
+    transfer = device.start(ISO_IN, 8, kind=ISO, iso_lengths=[1] * 8, timeout=1.0)
+    advance(device, 0)
+    advance(device, 1.0)
+    assert (is_done(transfer), transfer.status) == (True, Status.TIMEOUT)
+    assert device.next_timeout() is None
 
 
 # ================================================================ cancel, timeouts, timers

@@ -1,16 +1,17 @@
-"""Interrupt and bulk receiving: a few transfers kept in flight on an IN endpoint, so that no data waits.
+"""Streams: a few transfers kept in flight on one endpoint, so that no data waits.
 
 A :class:`Stream` is one run, from a start to its end. Its states are a table; a stop and a new start may overlap,
-because each run has transfers of its own. Isochronous streams are not served yet: their start is refused
-with *stall*, where the start packet is handled (``usbredir.host``).
+because each run has transfers of its own. This class is for interrupt and bulk receiving, its subclasses in
+``usbredir._iso`` for isochronous streams; what a host does with them is in ``usbredir._stream_host``.
 
 Source: docs/host.md, "Streams".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
+from typing import NamedTuple
 
 from .device import Transfer
 from .packets import (
@@ -21,11 +22,12 @@ from .packets import (
     IsoStreamStatus,
     Packet,
 )
-from .proto import Status, TransferType
+from .proto import TransferType
 
 __all__ = [
     "INTERRUPT_TRANSFERS",
-    "MAX_TRANSFERS",
+    "MAX_RECOVERIES",
+    "Shape",
     "Stream",
     "StreamInput",
     "StreamState",
@@ -37,6 +39,10 @@ INTERRUPT_TRANSFERS = 5
 """Transfers of an interrupt IN endpoint, each of one packet."""
 MAX_TRANSFERS = 16
 """Most transfers of a stream."""
+MAX_PACKETS = 32
+"""Most isochronous packets of a transfer."""
+ISO_TIMEOUT = 1.0
+"""Seconds an isochronous transfer may take."""
 MAX_RECOVERIES = 16
 """Stalls in a row, without data between, after which a stream ends: a broken device must not keep us busy."""
 
@@ -70,42 +76,93 @@ TRANSITIONS: Mapping[tuple[StreamState, StreamInput], StreamState] = {
 }
 
 
-class Stream:
-    """One run of interrupt or bulk receiving.
+class Shape(NamedTuple):
+    """What the guest asks for.
 
     Attributes:
-        kind: INTERRUPT or BULK.
+        kind: ISO, INTERRUPT or BULK.
+        transfers: how many.
         length: bytes per transfer.
+        packets: packets per transfer; 1 unless isochronous.
+    """
+
+    kind: TransferType
+    endpoint: int
+    transfers: int
+    length: int
+    packets: int = 1
+
+    def fits(self, kind: TransferType, max_packet_size: int) -> bool:
+        """Whether an endpoint of this type and packet size can do it."""
+        return (
+            kind is self.kind
+            and 1 <= self.transfers <= MAX_TRANSFERS
+            and 1 <= self.packets <= MAX_PACKETS
+            and max_packet_size > 0
+            and self.length > 0
+            and self.length % max_packet_size == 0
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes of all buffers."""
+        return self.length * self.transfers
+
+    def transfer(self, stream: Stream, completed: Callable[[Transfer], None]) -> Transfer:
+        """A new transfer of *stream*."""
+        if self.kind is not TransferType.ISO:
+            return Transfer(self.kind, self.endpoint, self.length, completed, context=stream)
+        lengths = (self.length // self.packets,) * self.packets
+        return Transfer(
+            self.kind,
+            self.endpoint,
+            self.length,
+            completed,
+            timeout=ISO_TIMEOUT,
+            iso_lengths=lengths,
+            context=stream,
+        )
+
+
+class Stream:
+    """One run of a stream; this class: of interrupt or bulk receiving.
+
+    Attributes:
         idle: transfers that completed while the stream was paused.
         recoveries: stalls in a row before this run.
     """
 
-    def __init__(
-        self,
-        kind: TransferType,
-        endpoint: int,
-        count: int,
-        length: int,
-        completed: Callable[[Transfer], None],
-        recoveries: int = 0,
-    ) -> None:
-        self.kind = kind
-        self.endpoint = endpoint
-        self.length = length
+    def __init__(self, shape: Shape, completed: Callable[[Transfer], None], recoveries: int = 0) -> None:
+        self.shape = shape
+        self.kind = shape.kind
+        self.endpoint = shape.endpoint
         self.recoveries = recoveries
         self.state = StreamState.RUNNING
         self.idle: list[Transfer] = []
+        self._completed = completed
         self._next_id = 0
-        self.transfers = [Transfer(kind, endpoint, length, completed, context=self) for _ in range(count)]
+        self.transfers = [shape.transfer(self, completed) for _ in range(shape.transfers)]
 
     def feed(self, event: StreamInput) -> None:
         """Change the state as the table says."""
         self.state = TRANSITIONS[self.state, event]
 
     @property
-    def size(self) -> int:
-        """Bytes of all buffers."""
-        return self.length * len(self.transfers)
+    def reserved(self) -> int:
+        """Transfers that are not in flight and yet hold memory."""
+        return 0
+
+    def again(self) -> Stream:
+        """The run that follows this one after a stall."""
+        return type(self)(self.shape, self._completed, self.recoveries + 1)
+
+    def first_transfers(self) -> Sequence[Transfer]:
+        """Those to submit at the start."""
+        return self.transfers
+
+    def id_of(self, transfer: Transfer) -> int:
+        """The id of a status that *transfer* causes."""
+        return 0
 
     def take_id(self) -> int:
         """The id of the next packet; a packet that is dropped takes one as well."""
@@ -121,7 +178,7 @@ def data_packet(stream: Stream, packet_id: int, status: int, data: bytes | bytea
     return BufferedBulkPacket(id=packet_id, endpoint=stream.endpoint, status=status, data=data)
 
 
-def status_packet(kind: TransferType, endpoint: int, status: Status, packet_id: int) -> Packet | None:
+def status_packet(kind: TransferType, endpoint: int, status: int, packet_id: int) -> Packet | None:
     """The status packet that goes with an endpoint's type; None for types that have no streams."""
     if kind is TransferType.ISO:
         return IsoStreamStatus(id=packet_id, endpoint=endpoint, status=status)

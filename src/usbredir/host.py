@@ -13,6 +13,7 @@ Source: docs/host.md.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,16 +24,8 @@ from . import filter as _filter
 from ._device_layout import DeviceLayout
 from ._link import Link
 from ._redirection import TRANSITIONS, Action, Input, Redirection
-from ._streams import (
-    INTERRUPT_TRANSFERS,
-    MAX_RECOVERIES,
-    MAX_TRANSFERS,
-    Stream,
-    StreamInput,
-    StreamState,
-    data_packet,
-    status_packet,
-)
+from ._stream_host import StreamHost
+from ._streams import Stream
 from .capabilities import ALL
 from .descriptors import device_ids
 from .device import Transfer, UsbDevice
@@ -58,7 +51,6 @@ from .packets import (
     Hello,
     InterruptPacket,
     IsoPacket,
-    IsoStreamStatus,
     Packet,
     Reset,
     SetAltSetting,
@@ -87,8 +79,6 @@ DRAIN_STEP = 0.0025
 """Seconds of event handling at a time while waiting for cancelled transfers."""
 DRAIN_LIMIT = 10.0
 """Seconds after which a device that does not give its transfers back counts as lost."""
-ENDPOINT_BITS = 0x8F
-"""The bits of an endpoint address that mean something."""
 NO_ALTERNATE = 255
 """Alternate setting in the answer when there is none to tell."""
 DO_NOT_RESET = {(0x1210, 0x001C), (0x2798, 0x0001)}
@@ -113,7 +103,7 @@ class HostCallbacks(StreamCallbacks):
         """Something was queued: call :meth:`Host.write_guest_data` now or soon."""
 
 
-class Host:
+class Host(StreamHost):
     """Serves one guest with one device at a time.
 
     Args:
@@ -142,6 +132,7 @@ class Host:
         write_owns_buffer: bool = False,
         limits: Limits = Limits(),  # noqa: B008 - immutable
     ) -> None:
+        super().__init__()
         self._callbacks = callbacks
         self._limits = limits
         self.guest_filter = None
@@ -156,8 +147,6 @@ class Host:
         self._flying: set[Transfer] = set()  # everything submitted and not completed
         self._flying_bytes = 0
         self._requests: dict[int, list[Transfer]] = {}  # single transfers by packet id, those not cancelled
-        self._streams: dict[int, Stream] = {}  # by endpoint address
-        self._warned: set[int] = set()  # endpoints whose drops were told
         self._handlers: dict[type[Packet], Callable[[Any], None]] = {
             Hello: self._on_hello,
             Reset: self._on_reset,
@@ -229,11 +218,7 @@ class Host:
     def write_guest_data(self) -> None:
         """Write until the queue is empty or ``write`` would block. Threads: any number of callers, one writes."""
         self._parser.do_write()
-        if self._streams and not self._overloaded:
-            with self._guard:
-                for stream in list(self._streams.values()):
-                    self._resume(stream)
-            self._flush()
+        self._resume_streams()
 
     def has_data_to_write(self) -> int:
         """Packets queued, a partly written one included. Threads: any number of callers."""
@@ -270,9 +255,12 @@ class Host:
         """What the guest knows of the device. Threads: any number of callers."""
         return self._state
 
-    def close(self) -> None:
-        """Release the device and the locks. Idempotent. Threads: one caller, nothing else going on."""
-        self._drop_device()
+    def close(self, *, give_back: bool = True) -> None:
+        """Release the device and the locks. Idempotent. Threads: one caller, nothing else going on.
+
+        Without *give_back* the system's drivers do not return to the device: the next host is to have it.
+        """
+        self._drop_device(give_back=give_back)
         self._free_locks()
 
     def __enter__(self) -> Host:
@@ -384,7 +372,7 @@ class Host:
             self._warned.clear()
             self._feed(Input.DEVICE)
 
-    def _drop_device(self) -> None:
+    def _drop_device(self, *, give_back: bool = True) -> None:
         """Cancel everything quietly, release the device, tell the guest."""
         device = self._device
         if device is None:
@@ -399,7 +387,7 @@ class Host:
         if not self._drain():
             self.log(LogLevel.ERROR, "the device does not give its transfers back: released all the same")
         try:
-            device.release(give_back=True, reset=self._resettable)
+            device.release(give_back=give_back, reset=self._resettable)
         except DeviceError as error:
             self.log(LogLevel.WARNING, f"the device cannot be given back as it was: {error}")
         with self._guard:
@@ -592,11 +580,6 @@ class Host:
             return
         self._start(packet, TransferType.INTERRUPT)
 
-    def _on_iso(self, packet: IsoPacket) -> None:
-        """No isochronous stream is ever started, see :meth:`_on_start_iso`."""
-        status = Status.INVAL if self._connected else Status.IOERROR
-        self._send(IsoStreamStatus(id=packet.id, endpoint=packet.endpoint, status=status))
-
     def _may_start(self, packet: DataRequest, kind: TransferType) -> bool:
         """Check what is the same for all transfers; answer the request when it cannot be served."""
         if not self._connected:
@@ -612,11 +595,12 @@ class Host:
 
     def _room_for(self, transfers: int, size: int) -> bool:
         """Whether more transfers may be in flight; the guest's excess is logged."""
-        limits = self._limits
-        fits = (
-            len(self._flying) + transfers <= limits.max_transfers
-            and self._flying_bytes + size <= limits.max_transfer_bytes
-        )
+        transfers += len(self._flying)
+        size += self._flying_bytes
+        for stream in self._streams.values():
+            transfers += stream.reserved
+            size += stream.reserved * stream.shape.length
+        fits = transfers <= self._limits.max_transfers and size <= self._limits.max_transfer_bytes
         if not fits:
             self.log(LogLevel.WARNING, "the guest wants too many transfers in flight: refused")
         return fits
@@ -710,162 +694,6 @@ class Host:
                 status = self._device.free_streams(_addresses(packet.endpoints))
         self._send(BulkStreamsStatus(id=packet.id, endpoints=packet.endpoints, no_streams=0, status=status))
 
-    # ------------------------------------------------------------ receiving streams
-
-    def _on_start_iso(self, packet: StartIsoStream) -> None:
-        """Isochronous streams are not served yet: *stall* is the answer to a stream that cannot be started."""
-        kind = self._layout.endpoint(packet.endpoint).type if self._layout else TransferType.INVALID
-        self._send_stream_status(kind, packet.endpoint, Status.STALL, packet.id)
-
-    def _on_start_interrupt(self, packet: StartInterruptReceiving) -> None:
-        size = self._layout.endpoint(packet.endpoint).max_packet_size if self._layout else 0
-        self._start_receiving(packet.endpoint, TransferType.INTERRUPT, INTERRUPT_TRANSFERS, size, packet.id)
-
-    def _on_start_bulk_receiving(self, packet: StartBulkReceiving) -> None:
-        if not self._parser.peer_has_capability(Capability.BULK_RECEIVING):
-            # Neither a status nor data could be sent: the device would be read for nothing, without end.
-            self.log(LogLevel.ERROR, "the guest starts bulk receiving without that capability: ignored")
-            return
-        self._start_receiving(
-            packet.endpoint, TransferType.BULK, packet.no_transfers, packet.bytes_per_transfer, packet.id
-        )
-
-    def _start_receiving(self, endpoint: int, kind: TransferType, count: int, length: int, packet_id: int) -> None:
-        endpoint &= ENDPOINT_BITS
-        slot = self._layout.endpoint(endpoint) if self._layout else None
-        real_kind = slot.type if slot else TransferType.INVALID
-        fits = (
-            slot is not None
-            and real_kind is kind
-            and 1 <= count <= MAX_TRANSFERS
-            and slot.max_packet_size > 0
-            and length > 0
-            and length % slot.max_packet_size == 0
-        )
-        if not self._connected or not fits:
-            self.log(LogLevel.ERROR, f"receiving on endpoint 0x{endpoint:02x} cannot be started")
-            self._send_stream_status(real_kind, endpoint, Status.STALL, packet_id)
-        elif endpoint in self._streams:
-            self.log(LogLevel.ERROR, f"receiving on endpoint 0x{endpoint:02x} is started already")
-            self._send_stream_status(real_kind, endpoint, Status.INVAL, packet_id)
-        elif not self._room_for(count, count * length):
-            self._send_stream_status(real_kind, endpoint, Status.STALL, packet_id)
-        elif self._run(Stream(kind, endpoint, count, length, self._received)):
-            self._send_stream_status(kind, endpoint, Status.SUCCESS, packet_id)
-
-    def _run(self, stream: Stream) -> bool:
-        """Submit a stream's transfers. False: it has ended, and the guest was told."""
-        self._freshly_reset = False
-        self._streams[stream.endpoint] = stream
-        return all(self._resubmit(stream, transfer) for transfer in stream.transfers)
-
-    def _resubmit(self, stream: Stream, transfer: Transfer) -> bool:
-        if self._submit(transfer) == Status.SUCCESS:
-            return True
-        if transfer.device_lost:
-            self._device_gone()
-        self._end_stream(stream)
-        if not transfer.device_lost:
-            self._send_stream_status(stream.kind, stream.endpoint, Status.STALL, 0)
-        return False
-
-    def _on_stop_stream(self, packet: StopInterruptReceiving | StopBulkReceiving | StopIsoStream) -> None:
-        """Success even when nothing was started; no answer without a device."""
-        if not self._connected:
-            return
-        self._end_streams([packet.endpoint & ENDPOINT_BITS])
-        kind = self._layout_of_device().endpoint(packet.endpoint).type
-        self._send_stream_status(kind, packet.endpoint, Status.SUCCESS, packet.id)
-
-    def _end_streams(self, endpoints: Any) -> None:
-        for endpoint in list(endpoints):
-            stream = self._streams.get(endpoint)
-            if stream is not None:
-                self._end_stream(stream)
-
-    def _end_stream(self, stream: Stream) -> None:
-        """Forget the stream at once; completions that still come are dropped."""
-        stream.feed(StreamInput.END)
-        if self._streams.get(stream.endpoint) is stream:
-            del self._streams[stream.endpoint]
-        for transfer in stream.transfers:
-            if transfer in self._flying:
-                self._cancel(transfer)
-
-    def _send_stream_status(self, kind: TransferType, endpoint: int, status: Status, packet_id: int) -> None:
-        packet = status_packet(kind, endpoint, status, packet_id)
-        if packet is not None:
-            self._send(packet)
-
-    def _received(self, transfer: Transfer) -> None:
-        """A transfer of a receiving stream is done. Runs in the device's event handling."""
-        with self._guard:
-            if not self._landed(transfer):
-                return
-            stream = transfer.context
-            assert isinstance(stream, Stream)
-            if stream.state is not StreamState.ENDED:
-                if transfer.device_lost:
-                    self._end_stream(stream)
-                    self._device_gone()
-                elif transfer.status == Status.STALL:
-                    self._recover(stream)
-                else:
-                    self._deliver(stream, transfer)
-        self._flush()
-
-    def _deliver(self, stream: Stream, transfer: Transfer) -> None:
-        """Pass received data on and read ahead again, unless the guest does not keep up."""
-        packet_id = stream.take_id()
-        if transfer.status == Status.SUCCESS:
-            stream.recoveries = 0
-        else:
-            self.log(LogLevel.ERROR, f"receiving on endpoint 0x{stream.endpoint:02x}: status {transfer.status}")
-        overloaded = self._overloaded
-        if overloaded:
-            self._warn_overload(stream)
-        # Data of a byte stream must not be lost: it is sent, and nothing more is read until the guest has caught up.
-        if not overloaded or stream.kind is TransferType.BULK:
-            data = transfer.data if transfer.status == Status.SUCCESS else b""
-            self._send(data_packet(stream, packet_id, transfer.status, data))
-        if overloaded and stream.kind is TransferType.BULK:
-            stream.feed(StreamInput.OVERLOAD)
-        if stream.state is StreamState.PAUSED:
-            stream.idle.append(transfer)
-        else:
-            self._resubmit(stream, transfer)
-
-    def _warn_overload(self, stream: Stream) -> None:
-        if stream.endpoint not in self._warned:
-            self._warned.add(stream.endpoint)
-            what = "reading pauses" if stream.kind is TransferType.BULK else "data is dropped"
-            self.log(LogLevel.WARNING, f"the connection is too slow for endpoint 0x{stream.endpoint:02x}: {what}")
-
-    def _resume(self, stream: Stream) -> None:
-        if stream.state is StreamState.PAUSED:
-            stream.feed(StreamInput.RELIEF)
-            idle, stream.idle = stream.idle, []
-            for transfer in idle:
-                if not self._resubmit(stream, transfer):
-                    return
-
-    def _recover(self, stream: Stream) -> None:
-        """The endpoint stalled: clear it and start again, ids from 0, without the guest noticing."""
-        assert self._device is not None
-        self._end_stream(stream)
-        status: int = Status.IOERROR
-        with self._noticing_loss():
-            status = self._device.clear_halt(stream.endpoint)
-        if not self._connected:
-            return
-        if status != Status.SUCCESS or stream.recoveries >= MAX_RECOVERIES:
-            self.log(LogLevel.ERROR, f"endpoint 0x{stream.endpoint:02x} stalls again and again: receiving has ended")
-            self._send_stream_status(stream.kind, stream.endpoint, Status.STALL, 0)
-            return
-        self.log(LogLevel.WARNING, f"endpoint 0x{stream.endpoint:02x} stalled while receiving: started again")
-        count = len(stream.transfers)
-        self._run(Stream(stream.kind, stream.endpoint, count, stream.length, self._received, stream.recoveries + 1))
-
 
 def _reply(packet: DataRequest, status: int, length: int, data: Any) -> Packet:
     """The request's header with the result; data only where it travels to the guest."""
@@ -900,7 +728,13 @@ def _addresses(mask: int) -> list[int]:
 def _wrap(device: Any) -> UsbDevice:
     if isinstance(device, UsbDevice):
         return device
-    raise TypeError(f"not a UsbDevice: {device!r}")
+    # Imported late: who exports virtual devices needs neither pyusb nor libusb. Not imported: not one of pyusb's.
+    core = sys.modules.get("usb.core")
+    if core is None or not isinstance(device, core.Device):
+        raise TypeError(f"neither a UsbDevice nor a usb.core.Device: {device!r}")
+    from .backends.pyusb import wrap
+
+    return wrap(device)
 
 
 def check_device_filter(rules: Sequence[FilterRule], device: UsbDevice, **flags: bool) -> FilterResult:

@@ -11,14 +11,15 @@ Source: docs/transport.md.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .device import UsbDevice
 from .errors import ConnectionClosed
@@ -30,13 +31,17 @@ from .parser import VERSION, LogLevel
 __all__ = [
     "Address",
     "Connection",
+    "Connector",
     "GuestConnection",
     "HostConnection",
     "Listener",
+    "Poller",
+    "Session",
     "connect",
     "listen",
     "parse_address",
     "serve",
+    "turn_away",
 ]
 
 POLLIN = 1
@@ -46,6 +51,12 @@ POLL_ERRORS = 8 | 16
 
 CONNECT_TIMEOUT = 10.0
 """Seconds that connecting may take."""
+KEEP_ALIVE_IDLE = 30
+"""Seconds of silence before the first keep-alive probe."""
+KEEP_ALIVE_INTERVAL = 10
+"""Seconds between probes."""
+KEEP_ALIVE_PROBES = 3
+"""Probes without answer after which the peer is gone."""
 BACKLOG = 8
 """Connections that may wait to be accepted."""
 
@@ -101,9 +112,24 @@ class Connection:
         """The descriptor, for polling; -1 when closed."""
         return self._socket.fileno()
 
-    def keep_alive(self) -> None:
-        """Let the system find out when the peer is gone (SO_KEEPALIVE)."""
+    def keep_alive(self, *, idle: int = KEEP_ALIVE_IDLE, unanswered: float | None = None) -> None:
+        """Let the system find out when the peer's machine is gone; nothing to do for Unix sockets.
+
+        idle: seconds of silence before probes are sent (SO_KEEPALIVE). unanswered: seconds that sent data may stay
+        unacknowledged before the connection counts as broken, also when the peer is there but reads nothing, such
+        as a paused virtual machine; None: as long as the system likes, often 15 minutes. Where the system has no
+        such options, its own times hold.
+        """
+        if self._socket.family not in (socket.AF_INET, socket.AF_INET6):
+            return
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        values = {"TCP_KEEPIDLE": idle, "TCP_KEEPINTVL": KEEP_ALIVE_INTERVAL, "TCP_KEEPCNT": KEEP_ALIVE_PROBES}
+        if unanswered is not None:
+            values["TCP_USER_TIMEOUT"] = int(unanswered * 1000)
+        for name, value in values.items():
+            option = getattr(socket, name, None)
+            if option is not None:
+                self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def read(self, count: int) -> bytes | None:
         """Up to *count* bytes; None: nothing there now; b"": end of the stream."""
@@ -258,33 +284,128 @@ def _remove_stale(path: str) -> None:
                 os.unlink(path)
 
 
-def connect(address: str, timeout: float = CONNECT_TIMEOUT) -> Connection:
-    """Connect to an address. Raises ValueError for its form, OSError when nobody answers."""
-    where = parse_address(address)
-    if where.port is not None:
-        return Connection(socket.create_connection((where.host, where.port), timeout), str(where))
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+class Connector:
+    """A connection on its way, that blocks nobody (but for the name's look-up). Threads: one.
+
+    Poll :meth:`fileno` for writing, then call :meth:`finish`. A name's addresses are tried one after the other.
+    Raises ValueError for the form of *address*, OSError when it cannot be looked up or nobody answers.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = parse_address(address)
+        self._candidates = _candidates(self.address)
+        self._socket = self._start()
+
+    def fileno(self) -> int:
+        """The descriptor, for polling."""
+        return self._socket.fileno()
+
+    def finish(self) -> Connection | None:
+        """The connection, or None while it is still on its way. Raises OSError when nobody answers."""
+        if not poll([(self.fileno(), POLLOUT)], 0):
+            return None
+        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not code:
+            return Connection(self._socket, str(self.address))
+        self._socket.close()
+        if not self._candidates:
+            raise OSError(code, os.strerror(code))
+        self._socket = self._start()
+        return None
+
+    def close(self) -> None:
+        """Give up."""
+        self._socket.close()
+
+    def _start(self) -> socket.socket:
+        """Begin with the next address that can be tried at all."""
+        while True:
+            family, where = self._candidates.pop(0)
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.setblocking(False)
+                _begin(sock, where)
+                return sock
+            except OSError:
+                sock.close()
+                if not self._candidates:
+                    raise
+
+
+def _begin(sock: socket.socket, where: Any) -> None:
     try:
-        sock.settimeout(timeout)
-        sock.connect(where.host)
+        sock.connect(where)
+    except BlockingIOError:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            raise  # too many wait there: a Unix socket does not go on by itself
+
+
+def _candidates(address: Address) -> list[tuple[int, Any]]:
+    """(address family, socket address) pairs."""
+    if address.port is None:
+        return [(socket.AF_UNIX, address.host)]
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    return [(int(family), where) for family, _, _, _, where in found]
+
+
+def connect(address: str, timeout: float = CONNECT_TIMEOUT) -> Connection:
+    """Connect to an address. Raises ValueError for its form, OSError when nobody answers (in time: TimeoutError)."""
+    connector = Connector(address)
+    end = time.monotonic() + timeout
+    try:
+        while True:
+            poll([(connector.fileno(), POLLOUT)], max(0.0, end - time.monotonic()))
+            connection = connector.finish()
+            if connection is not None:
+                return connection
+            if time.monotonic() >= end:
+                raise TimeoutError(errno.ETIMEDOUT, f"no answer within {timeout:g} seconds")
     except BaseException:
-        sock.close()
+        connector.close()
         raise
-    return Connection(sock, str(where))
 
 
-def poll(wanted: Sequence[tuple[int, int]], timeout: float | None) -> dict[int, int]:
-    """Wait until a descriptor is ready: {descriptor: events}. *wanted*: (descriptor, event mask) pairs."""
-    if hasattr(select, "poll"):
-        poller = select.poll()
-        for descriptor, events in wanted:
-            poller.register(descriptor, events)
+Wanted = Sequence[tuple[int, int]]
+"""What to poll: (descriptor, event mask) pairs."""
+
+
+class Poller:
+    """poll(2) for a loop that asks for nearly the same descriptors every time. Threads: one."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll() if hasattr(select, "poll") else None
+        self._wanted: Wanted = ()
+        self._registered: dict[int, int] = {}
+
+    def wait(self, wanted: Wanted, timeout: float | None) -> dict[int, int]:
+        """Wait until a descriptor is ready: {descriptor: events}."""
+        if self._poll is None:
+            return _poll_with_select(wanted, timeout)
+        if wanted != self._wanted:
+            self._register(wanted)
         # Rounded up, so that a timer that is nearly due does not spin.
-        return dict(poller.poll(None if timeout is None else int(timeout * 1000 + 0.999)))
-    return _poll_with_select(wanted, timeout)
+        return dict(self._poll.poll(None if timeout is None else int(timeout * 1000 + 0.999)))
+
+    def _register(self, wanted: Wanted) -> None:
+        assert self._poll is not None
+        masks: dict[int, int] = {}
+        for descriptor, events in wanted:
+            masks[descriptor] = masks.get(descriptor, 0) | events
+        for descriptor in self._registered.keys() - masks.keys():
+            self._poll.unregister(descriptor)
+        for descriptor, events in masks.items():
+            if self._registered.get(descriptor) != events:
+                self._poll.register(descriptor, events)
+        self._registered = masks
+        self._wanted = wanted
 
 
-def _poll_with_select(wanted: Sequence[tuple[int, int]], timeout: float | None) -> dict[int, int]:
+def poll(wanted: Wanted, timeout: float | None) -> dict[int, int]:
+    """Wait once until a descriptor is ready: {descriptor: events}."""
+    return Poller().wait(wanted, timeout)
+
+
+def _poll_with_select(wanted: Wanted, timeout: float | None) -> dict[int, int]:
     """:func:`poll` for Windows."""
     reading = [descriptor for descriptor, events in wanted if events & POLLIN]
     writing = [descriptor for descriptor, events in wanted if events & POLLOUT]
@@ -316,6 +437,62 @@ class HostConnection(HostCallbacks):
         (self._log or super().log)(level, message)
 
 
+class Session:
+    """One guest, served by a host: what to wait for, and what to do in a round. Threads: one.
+
+    Args:
+        device: what to export; None: later, with ``session.host.set_device``.
+
+    Others as for :class:`~usbredir.host.Host`. Raises what its ``set_device`` raises.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        device: UsbDevice | None,
+        *,
+        version: str = VERSION,
+        limits: Limits = Limits(),  # noqa: B008 - immutable
+        log: Callable[[LogLevel, str], None] | None = None,
+    ) -> None:
+        self.connection = connection
+        self.host = Host(HostConnection(connection, log), device, version=version, limits=limits)
+
+    def wanted(self) -> list[tuple[int, int]]:
+        """Descriptors to poll: the guest's and the device's."""
+        host = self.host
+        events = 0 if host.reading_paused else POLLIN
+        if host.has_data_to_write():
+            events |= POLLOUT
+        device = host.device
+        own = (self.connection.fileno(), events)
+        return [own] if device is None else [own, *device.pollfds()]
+
+    def timeout(self) -> float | None:
+        """Seconds until :meth:`step` is due without any descriptor being ready, or None."""
+        device = self.host.device
+        return None if device is None else device.next_timeout()
+
+    def step(self, ready: Mapping[int, int]) -> None:
+        """One round: read requests, complete transfers, write answers.
+
+        Raises ConnectionClosed when the guest has left, and what ``Host.read_guest_data`` raises.
+        """
+        host = self.host
+        if ready.get(self.connection.fileno(), 0) & (POLLIN | POLL_ERRORS):
+            host.read_guest_data()
+        device = host.device
+        if device is not None:
+            device.handle_events(0)
+        host.write_guest_data()
+
+    def close(self, *, give_back: bool = True) -> None:
+        """Release the device; what is queued is written as far as the socket takes it. Idempotent."""
+        with contextlib.suppress(OSError):
+            self.host.write_guest_data()
+        self.host.close(give_back=give_back)
+
+
 def serve(
     connection: Connection,
     device: UsbDevice,
@@ -331,35 +508,28 @@ def serve(
     Other guests that come to *listener* meanwhile are turned away. Raises DeviceRejectedError, DeviceLostError,
     DeviceClaimError, RemoteProtocolError (the connection is of no use any more) and OSError. Threads: one.
     """
-    callbacks = HostConnection(connection, log)
-    with Host(callbacks, device, version=version, limits=limits) as host:
-        try:
-            while not stop():
-                _serve_round(host, device, connection, listener)
-        except ConnectionClosed:
-            return
-        finally:
-            with contextlib.suppress(OSError):
-                host.write_guest_data()
+    session = Session(connection, device, version=version, limits=limits, log=log)
+    poller = Poller()
+    try:
+        while not stop():
+            wanted = session.wanted()
+            if listener is not None:
+                wanted.append((listener.fileno(), POLLIN))
+            ready = poller.wait(wanted, session.timeout())
+            session.step(ready)
+            if listener is not None and listener.fileno() in ready:
+                turn_away(listener, session.host.log)
+    except ConnectionClosed:
+        return
+    finally:
+        session.close()
 
 
-def _serve_round(host: Host, device: UsbDevice, connection: Connection, listener: Listener | None) -> None:
-    """One round: wait, read requests, complete transfers, write answers."""
-    events = 0 if host.reading_paused else POLLIN
-    if host.has_data_to_write():
-        events |= POLLOUT
-    wanted = [(connection.fileno(), events), *device.pollfds()]
-    if listener is not None:
-        wanted.append((listener.fileno(), POLLIN))
-    ready = poll(wanted, device.next_timeout())
-    if ready.get(connection.fileno(), 0) & (POLLIN | POLL_ERRORS):
-        host.read_guest_data()
-    device.handle_events(0)
-    host.write_guest_data()
-    if listener is not None and listener.fileno() in ready:
-        name = listener.refuse()
-        if name:
-            host.log(LogLevel.WARNING, f"another guest from {name} was turned away: one at a time")
+def turn_away(listener: Listener, log: Callable[[LogLevel, str], None]) -> None:
+    """Refuse one guest that comes while another is served."""
+    name = listener.refuse()
+    if name:
+        log(LogLevel.WARNING, f"another guest from {name} was turned away: one at a time")
 
 
 # ---------------------------------------------------------------- a guest on a connection

@@ -140,8 +140,9 @@ class BaseDevice:
         if self._restore is None:
             self._restore = self._configuration_to_restore(raw)
         numbers = parse_configuration(raw).numbers() if raw else []
+        self._displace_drivers(True)
+        self._displaced = []
         try:
-            self._displaced = []
             for number in numbers:
                 self._claimed.append(number)  # first, so that a half-done claim is undone
                 self._displaced.append(number)
@@ -166,6 +167,9 @@ class BaseDevice:
         in_use = f" (kernel driver {driver})" if driver else ""
         return translate(error, f"interface {number}{in_use} cannot be claimed", self.device)
 
+    def _displace_drivers(self, on: bool) -> None:
+        """For subclasses that can have the kernel's drivers detached, and attached again, with the claims."""
+
     def _detach(self, number: int) -> None:
         """Backends that know nothing of drivers have none to detach."""
         with contextlib.suppress(NotImplementedError):
@@ -181,6 +185,8 @@ class BaseDevice:
 
         Without *give_back* they stay away until a later call has it. All interfaces are released before any driver returns: drivers of compound functions need all of them.
         """
+        # Off first: no driver may return before all interfaces are free, nor before another configuration is set.
+        self._displace_drivers(False)
         claimed, self._claimed = self._claimed, []
         for number in claimed:
             with contextlib.suppress(usb.core.USBError, NotImplementedError):

@@ -158,6 +158,10 @@ class Context:
         if code < 0 and code != _libusb.ERROR_INTERRUPTED:
             raise DeviceError(f"libusb cannot handle events: {self.describe(code)}")
 
+    def poll(self) -> None:
+        """Let libusb work without waiting, for a context without open devices."""
+        self.handle_events(0, ctypes.c_int(0))
+
     def interrupt(self) -> None:
         """Make a waiting :meth:`handle_events` return."""
         self.library.libusb_interrupt_event_handler(self._address)

@@ -117,12 +117,13 @@ def text_of(device: Any, name: str) -> str:
     known = attribute_of(device, name)
     if known is not None:
         return known
+    was_open = device._ctx.handle is not None
     try:
         return str(usb.util.get_string(device, index) or "")
     except (usb.core.USBError, ValueError, NotImplementedError):
         return ""
     finally:
-        if device._ctx.handle is not None and not device._ctx._claimed_intf:
+        if not was_open:
             usb.util.dispose_resources(device)
 
 

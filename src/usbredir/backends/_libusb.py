@@ -119,6 +119,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "libusb_get_next_timeout": (c_int, [c_void_p, POINTER(TimeVal)]),
     "libusb_alloc_streams": (c_int, [c_void_p, c_uint, POINTER(c_ubyte), c_int]),
     "libusb_free_streams": (c_int, [c_void_p, POINTER(c_ubyte), c_int]),
+    "libusb_set_auto_detach_kernel_driver": (c_int, [c_void_p, c_int]),
     "libusb_has_capability": (c_int, [c_uint]),
     "libusb_hotplug_register_callback": (
         c_int,

@@ -23,7 +23,7 @@ from typing import Any
 import usb.core
 
 from ..device import Transfer
-from ..errors import DeviceError, DeviceLostError
+from ..errors import DeviceError, DeviceLostError, DeviceNotFoundError
 from ..proto import Status, TransferType
 from . import _libusb
 from ._base import BaseDevice, logger
@@ -86,6 +86,13 @@ class LibusbDevice(BaseDevice):
     def is_libusb_device(self, address: int) -> bool:
         """Whether libusb's device object at *address* is this one."""
         return bool(self.device._ctx.dev.devid.value == address)
+
+    def _displace_drivers(self, on: bool) -> None:
+        # Detaching and claiming is one step for the kernel then; where it is not supported there is nothing to detach.
+        self._library.libusb_set_auto_detach_kernel_driver(self._handle_address, int(on))
+
+    def _detach(self, number: int) -> None:
+        """libusb does, with the claim."""
 
     # ------------------------------------------------------------ bulk streams
 
@@ -304,15 +311,18 @@ def open_device(spec: str | DeviceSpec, *, event_thread: bool = False) -> Libusb
     forbidden), DeviceError (unconfigured).
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
-    candidates = find_all(spec, new_backend())
+    return open_first(find_all(spec, new_backend()), event_thread=event_thread)
+
+
+def open_first(candidates: Sequence[usb.core.Device], *, event_thread: bool = False) -> LibusbDevice:
+    """The first of *candidates* that can be opened and claimed. Raises the DeviceError of the first when none can."""
     error: DeviceError | None = None
     for candidate in candidates:
         try:
             return _open_candidate(candidate, event_thread=event_thread, probe=len(candidates) > 1)
         except DeviceError as problem:
             error = error or problem
-    assert error is not None, "find_all gives at least one"
-    raise error
+    raise error or DeviceNotFoundError("no such device")
 
 
 def _open_candidate(candidate: usb.core.Device, *, event_thread: bool, probe: bool) -> LibusbDevice:

@@ -5,9 +5,9 @@ A subclass hands descriptors to the constructor and overrides hooks (:meth:`Virt
 alternate settings, queues of transfers, timeouts and cancellation are done here.
 
 How data flows: a host submits transfers from any thread; they wait in a queue per endpoint. ``handle_events``
-asks the hooks, in order of submission, and completes what they answer. A hook that answers ``Answer.NAK``
-is asked again at the next progress: after any other transfer, after :meth:`VirtualDevice.notify`, or when a time
-set with :meth:`VirtualDevice.call_later` has come.
+asks the hooks, in order of submission, and completes what they answer; isochronous transfers when their time is over.
+A hook that answers ``Answer.NAK`` is asked again at the next progress: after any other transfer, after
+:meth:`VirtualDevice.notify`, or when a time set with :meth:`VirtualDevice.call_later` has come.
 
 Source: USB 2.0, chapters 8 and 9.
 """
@@ -127,6 +127,9 @@ class VirtualDevice:
         # For the thread that handles events.
         self._queues: dict[int, deque[Transfer]] = {}
         self._deadlines: dict[Transfer, float] = {}
+        self._queued: dict[Transfer, float] = {}  # when isochronous transfers came
+        self._due: dict[Transfer, float] = {}  # when those of them that are first in their queue are due
+        self._last_due: dict[int, float] = {}  # when the last one of an endpoint was
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._halted: set[int] = set()
@@ -152,6 +155,13 @@ class VirtualDevice:
     def data_out(self, endpoint: int, data: bytes | bytearray | memoryview) -> Answer | None:
         """Data of an OUT transfer. None accepts it. STALL halts the endpoint."""
         return None
+
+    def packet_period(self, endpoint: int) -> float:
+        """Seconds that a packet of an isochronous endpoint takes; 0: transfers complete as fast as they are submitted.
+
+        A transfer completes when the time of its last packet is over, and only then the data hooks are asked.
+        """
+        return 0.0
 
     def halt_cleared(self, endpoint: int) -> None:
         """The host cleared the halt of *endpoint*."""
@@ -206,6 +216,11 @@ class VirtualDevice:
     def configuration_descriptor(self) -> bytes | None:
         """The active configuration's descriptor with all that follows it, or None when unconfigured."""
         return self._configurations.get(self._configuration)
+
+    @property
+    def lost(self) -> bool:
+        """Whether :meth:`unplug` was called."""
+        return self._gone
 
     # ------------------------------------------------------------ UsbDevice: control
 
@@ -361,6 +376,8 @@ class VirtualDevice:
         self._queues.setdefault(key, deque()).append(transfer)
         if transfer.timeout:
             self._deadlines[transfer] = self._clock() + transfer.timeout
+        if transfer.kind is TransferType.ISO:
+            self._queued[transfer] = self._clock()
 
     def wake(self) -> None:
         """Make a waiting handle_events return."""
@@ -383,6 +400,7 @@ class VirtualDevice:
             return 0.0
         due = [self._timers[0][0]] if self._timers else []
         due += self._deadlines.values()
+        due += self._due.values()
         return max(0.0, min(due) - self._clock()) if due else None
 
     def close(self) -> None:
@@ -410,7 +428,7 @@ class VirtualDevice:
         if self._deadlines:
             late = {transfer for transfer, deadline in self._deadlines.items() if deadline <= now}
             self._end(late.__contains__, Status.TIMEOUT)
-        return ran
+        return ran or any(due <= now for due in self._due.values())
 
     # ------------------------------------------------------------ progress
 
@@ -454,7 +472,7 @@ class VirtualDevice:
         if transfer.endpoint in self._halted:
             return Answer.STALL
         if transfer.kind is TransferType.ISO:
-            return self._iso(transfer)
+            return self._iso(transfer) if self._is_due(transfer) else Answer.NAK
         if transfer.endpoint & 0x80:
             return self.data_in(transfer.endpoint, transfer.length)
         return self.data_out(transfer.endpoint, transfer.data)
@@ -466,6 +484,20 @@ class VirtualDevice:
         else:
             transfer.data = data
             self._complete(transfer, Status.SUCCESS, len(data))
+
+    def _is_due(self, transfer: Transfer) -> bool:
+        """Whether the packets of an isochronous transfer, the first one in its queue, have had their time.
+
+        They follow those of the transfer before without a gap if they were there in time.
+        """
+        endpoint = transfer.endpoint
+        if transfer not in self._due:
+            start = max(self._queued[transfer], self._last_due.get(endpoint, 0.0))
+            self._due[transfer] = start + self.packet_period(endpoint) * len(transfer.iso_lengths)
+        if self._due[transfer] > self._clock():
+            return False
+        self._last_due[endpoint] = self._due[transfer]
+        return True
 
     def _iso(self, transfer: Transfer) -> Payload | Answer | None:
         """One hook call per packet; a NAK is an empty packet."""
@@ -490,6 +522,9 @@ class VirtualDevice:
     def _complete(self, transfer: Transfer, status: Status, actual_length: int = 0) -> None:
         if self._deadlines:
             self._deadlines.pop(transfer, None)
+        if transfer.kind is TransferType.ISO:
+            del self._queued[transfer]
+            self._due.pop(transfer, None)
         if not actual_length and transfer.endpoint & 0x80:
             transfer.data = b""
         transfer.status = status

@@ -10,7 +10,8 @@ interface  endpoints
            0x03 interrupt sink, 0x83 interrupt source (an 8-byte counter, one per period)
            0x85 bulk IN that stalls; after its halt is cleared one transfer succeeds, then it stalls again
            0x86 bulk IN that never completes
-1          alternate 1: 0x04 / 0x84 isochronous, 1023 bytes; alternate 2: the same with 3 x 1024 bytes
+1          alternate 1: 0x04 isochronous sink, 0x84 isochronous source (a pattern that begins with an 8-byte packet
+           counter), 1023 bytes, one packet per period; alternate 2: the same with 3 x 1024 bytes
 =========  =============================================================================================
 
 Configuration 2: interface 0 with the loopback pair only.
@@ -27,7 +28,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from ..descriptors import Configuration, DeviceDescriptor, Endpoint, Interface, build_configuration
+from ..descriptors import (
+    Configuration,
+    DeviceDescriptor,
+    Endpoint,
+    Interface,
+    build_configuration,
+    max_packet_size,
+)
 from ..device import Transfer
 from ..proto import Speed
 from .base import Answer, Payload, Setup, VirtualDevice
@@ -59,6 +67,7 @@ class LoopbackDevice(VirtualDevice):
     Args:
         speed: high unless told otherwise.
         interrupt_period: seconds between two packets of the interrupt source; 0: as fast as they are asked for.
+        iso_period: the same for the isochronous endpoints.
         serial: serial number.
     """
 
@@ -67,6 +76,7 @@ class LoopbackDevice(VirtualDevice):
         *,
         speed: Speed = Speed.HIGH,
         interrupt_period: float = 0.001,
+        iso_period: float = 0.000125,
         serial: str = "LOOP0001",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -91,7 +101,7 @@ class LoopbackDevice(VirtualDevice):
             clock=clock,
         )
         self._interrupt_period = interrupt_period
-        self._iso_period = 0.000125
+        self._iso_period = iso_period
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._stored = b""
         self._begin()
@@ -99,6 +109,7 @@ class LoopbackDevice(VirtualDevice):
     def _begin(self) -> None:
         self._messages: deque[bytes] = deque()
         self._sourced = 0
+        self._iso_sourced = 0
         self._interrupts = 0
         self._interrupt_due = False
         self._interrupt_timer = False
@@ -121,6 +132,15 @@ class LoopbackDevice(VirtualDevice):
         self.counters["cancelled"] += 1
         super().cancel(transfer)
 
+    def packet_period(self, endpoint: int) -> float:
+        """Microframes, unless told otherwise."""
+        return self._iso_period
+
+    def alternate_selected(self, interface: int, alternate: int) -> None:
+        """Remember how long isochronous packets are."""
+        if interface == 1 and alternate:
+            self._max_iso_packet = max_packet_size(self._endpoints[ISO_IN], self._speed)
+
     def halt_cleared(self, endpoint: int) -> None:
         """The stalling endpoint may succeed once."""
         if endpoint == STALLING:
@@ -132,14 +152,16 @@ class LoopbackDevice(VirtualDevice):
             case 0x81:
                 return self._messages.popleft() if self._messages else Answer.NAK
             case 0x82:
-                return self._source(length)
+                self._sourced += 1
+                return _pattern(self._sourced - 1, length)
             case 0x83:
                 return self._interrupt()
             case 0x85:
                 allowed, self._may_succeed = self._may_succeed, False
                 return PATTERN[:length] if allowed else Answer.STALL
             case 0x84:
-                return PATTERN[:length]
+                self._iso_sourced += 1
+                return _pattern(self._iso_sourced - 1, min(length, self._max_iso_packet))
         return Answer.NAK
 
     def data_out(self, endpoint: int, data: Payload) -> Answer | None:
@@ -183,13 +205,6 @@ class LoopbackDevice(VirtualDevice):
 
     # ------------------------------------------------------------ sources
 
-    def _source(self, length: int) -> bytes:
-        data = struct.pack("<Q", self._sourced)
-        self._sourced += 1
-        if length <= len(PATTERN):
-            return (data + PATTERN[8:length])[:length]
-        return (data + (PATTERN * (length // len(PATTERN) + 1))[8:length])[:length]
-
     def _interrupt(self) -> bytes | Answer:
         """The next counter, one per period."""
         if self._interrupt_period and not self._interrupt_due:
@@ -204,6 +219,14 @@ class LoopbackDevice(VirtualDevice):
     def _period_is_over(self) -> None:
         self._interrupt_timer = False
         self._interrupt_due = True
+
+
+def _pattern(number: int, length: int) -> bytes:
+    """The pattern, its first 8 bytes replaced by a number."""
+    data = struct.pack("<Q", number)
+    if length <= len(PATTERN):
+        return (data + PATTERN[8:length])[:length]
+    return (data + (PATTERN * (length // len(PATTERN) + 1))[8:length])[:length]
 
 
 def _configurations(speed: Speed) -> list[Configuration]:

@@ -1,0 +1,318 @@
+"""``usbredir export``: its options, the exporters that they mean, and how they ended.
+
+The options are those of usbredirect and usbredirserver as they are, and our own. Devices and addresses belong
+together in the order in which they are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+from typing import Any, NamedTuple, NoReturn
+
+from . import filter as _filter
+from ._messages import ExitCode, Failure, Messages
+from .device import UsbDevice
+from .errors import DeviceError, FilterSyntaxError, ProtocolError
+from .exporter import Connecting, DeviceSource, Exporter, ExportSettings, FactorySource, Listening, run
+from .parser import LogLevel
+from .proto import Speed
+
+__all__ = ["add_arguments", "export"]
+
+SPEEDS = {"full": Speed.FULL, "high": Speed.HIGH, "super": Speed.SUPER}
+DEFAULT_PORT = 4000
+"""usbredirserver's."""
+
+DESCRIPTION = "Let virtual machines use devices. Takes the options of usbredirect and of usbredirserver as they are."
+EPILOG = """\
+real devices, as --device or, as with usbredirserver, without it:
+  VID:PID          vendor and product, hexadecimal, as in 0781:5567
+  BUS-DEV          bus number and device address, decimal, as in 1-4
+  port:BUS-PORTS   whatever is plugged in there, as in port:1-1.4
+  serial:TEXT      the device with this serial number
+
+virtual devices:
+  disk:FILE        a USB stick whose content is FILE (a disk image); add ,ro to protect it
+  loopback         a vendor-specific device for tests
+
+roles:
+  --as ADDRESS     wait there for the virtual machine to connect
+  --to ADDRESS     connect to the virtual machine, which waits there (in QEMU: server=on,wait=off)
+  ADDRESS is HOST:PORT, [IPV6]:PORT or unix:/PATH. Anyone who can connect can use the device: prefer
+  127.0.0.1, a Unix socket or a tunnel.
+  Several devices: repeat --device (or --virtual) and --as (or --to); the first belongs to the first, and so on.
+
+exit codes: 0 ended as wanted, 2 usage, 3 device unusable, 4 address unusable, 8 no such device, 9 device in use,
+  10 permission denied, 11 device without configuration, 12 nobody answers, 13 not allowed by --filter;
+  with --once also 5 refused by the guest, 6 device lost, 7 protocol broken by the guest
+"""
+
+DEVICE_CODES = {
+    "missing": ExitCode.MISSING,
+    "busy": ExitCode.BUSY,
+    "forbidden": ExitCode.FORBIDDEN,
+    "unconfigured": ExitCode.UNCONFIGURED,
+    "filtered": ExitCode.FILTERED,
+    "lost": ExitCode.LOST,
+    "rejected": ExitCode.REJECTED,
+}
+"""Exit codes for reasons of DeviceError; others are DEVICE."""
+
+
+class Wanted(NamedTuple):
+    """A device or an address that was asked for: the option and its value."""
+
+    option: str
+    value: str
+
+
+class _Append(argparse.Action):
+    """Collects values of several options in the order in which they come."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), Wanted(option_string or "", values)])
+
+
+def add_arguments(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], formatter: type[argparse.HelpFormatter]
+) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "export", help="let virtual machines use devices", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=formatter, allow_abbrev=False,
+    )  # fmt: skip
+    add = parser.add_argument
+    add(
+        "--device",
+        dest="devices",
+        action=_Append,
+        metavar="DEVICE",
+        help="a real device: VID:PID or BUS-DEV, see below",
+    )
+    add("--virtual", dest="devices", action=_Append, metavar="KIND[:ARG]", help="a device made by software, see below")
+    add(
+        "--fd", dest="devices", action=_Append, metavar="N", help="a device whose file is open already, as descriptor N"
+    )
+    add("--as", dest="addresses", action=_Append, metavar="ADDRESS", help="wait for the virtual machine there")
+    add("--to", dest="addresses", action=_Append, metavar="ADDRESS", help="connect to the virtual machine there")
+    add("--wait", action="store_true", help="wait for a device that is not there yet, and for a guest to connect to")
+    add("--once", action="store_true", help="end when the first guest has left")
+    add("--filter", metavar="RULES", help="what may be exported: CLASS,VENDOR,PRODUCT,VERSION,ALLOW|..., -1 for any")
+    add("--speed", choices=list(SPEEDS), default="high", help="speed of virtual devices")
+    add("--peer-timeout", type=float, metavar="SECONDS", help="give up a guest that confirms nothing for so long")
+    add("--log-format", choices=["text", "json"], default="text", help="how messages are written")
+    add(
+        "-v",
+        "--verbose",
+        type=int,
+        default=LogLevel.WARNING,
+        metavar="LEVEL",
+        help="messages: 0 none to 5 all, default 2",
+    )
+    add(
+        "-k",
+        "--keepalive",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="SECONDS",
+        help="accepted: TCP keep-alive is always on",
+    )
+    add("-p", "--port", type=int, metavar="PORT", help="with DEVICE alone: wait on this port, default 4000")
+    add("-4", "--ipv4", metavar="ADDRESS", help="with DEVICE alone: wait at this address")
+    add("-6", "--ipv6", metavar="ADDRESS", help="with DEVICE alone: wait at this address")
+    add("positional", nargs="?", metavar="DEVICE", help="a real device, as usbredirserver takes it")
+    parser.set_defaults(run=export, devices=[], addresses=[])
+
+
+def export(options: argparse.Namespace) -> int:
+    """Run the command. Raises Failure."""
+    messages = Messages(options.verbose, as_json=options.log_format == "json")
+    with messages.installed():
+        try:
+            return _export(options, messages)
+        except Failure as failure:
+            messages.failure(failure)
+            return failure.code
+
+
+def _export(options: argparse.Namespace, messages: Messages) -> int:
+    if options.verbose >= LogLevel.DEBUG_DATA:
+        os.environ.setdefault("LIBUSB_DEBUG", "3")  # libusb writes its own log then
+    settings = _settings(options)
+    exporters: list[Exporter] = []
+    with _StopSignal() as stop, contextlib.ExitStack() as cleanup:
+        pairs = _pair(options)
+        for device, address in pairs:
+            label = device.value if len(pairs) > 1 else ""
+            exporter = Exporter(_source(device, options), _peer(address), messages.reporter(label), settings)
+            cleanup.callback(exporter.close)
+            exporters.append(exporter)
+            _start(exporter)
+        run(exporters, stop_fd=stop.fileno())
+    return max((_code_at_end(exporter, messages) for exporter in exporters), default=ExitCode.OK)
+
+
+# ---------------------------------------------------------------- options
+
+
+def _settings(options: argparse.Namespace) -> ExportSettings:
+    rules = None
+    if options.filter is not None:
+        try:
+            rules = _filter.parse(options.filter)
+        except FilterSyntaxError as error:
+            raise Failure(ExitCode.USAGE, f"--filter: {error}") from error
+    return ExportSettings(once=options.once, wait=options.wait, rules=rules, unanswered=options.peer_timeout)
+
+
+def _pair(options: argparse.Namespace) -> list[tuple[Wanted, Wanted]]:
+    """Devices with their addresses."""
+    devices, addresses = list(options.devices), list(options.addresses)
+    if options.positional is not None:
+        if devices or addresses:
+            raise Failure(ExitCode.USAGE, f"{options.positional}: write --device before it")
+        devices = [Wanted("--device", options.positional)]
+        addresses = [Wanted("--as", _server_address(options))]
+    if not devices:
+        raise Failure(ExitCode.USAGE, "no device: use --device, --virtual or --fd ('usbredir list' shows devices)")
+    if len(devices) == 1 and {wanted.option for wanted in addresses} == {"--as", "--to"} and len(addresses) == 2:
+        addresses = [wanted for wanted in addresses if wanted.option == "--to"]  # it wins, as in usbredirect
+    if len(devices) != len(addresses):
+        raise Failure(
+            ExitCode.USAGE,
+            f"{len(devices)} device(s) and {len(addresses)} address(es): every device needs one --as or --to",
+        )
+    return list(zip(devices, addresses, strict=True))
+
+
+def _server_address(options: argparse.Namespace) -> str:
+    """Where usbredirserver would listen."""
+    port = DEFAULT_PORT if options.port is None else options.port
+    if options.ipv4:
+        return f"{options.ipv4}:{port}"
+    if options.ipv6:
+        return f"[{options.ipv6}]:{port}"
+    return f"[::]:{port}" if socket.has_dualstack_ipv6() else f"0.0.0.0:{port}"
+
+
+def _source(wanted: Wanted, options: argparse.Namespace) -> DeviceSource:
+    if wanted.option == "--virtual":
+        return FactorySource(_virtual_device(wanted.value, SPEEDS[options.speed]))
+    from .backends._source import FdSource, PyusbSource, parse_spec
+
+    try:
+        return PyusbSource(parse_spec(wanted.value)) if wanted.option == "--device" else FdSource(int(wanted.value))
+    except ValueError as error:
+        raise Failure(ExitCode.USAGE, f"{wanted.option} {error}") from error
+
+
+def _virtual_device(text: str, speed: Speed) -> Any:
+    """A function that makes the device."""
+    from .virtual import LoopbackDevice, MassStorage
+
+    kind, _, argument = text.partition(":")
+    if kind == "loopback" and not argument:
+        return lambda: LoopbackDevice(speed=speed)
+    if kind != "disk" or not argument:
+        raise Failure(ExitCode.USAGE, f"--virtual {text}: use disk:FILE, disk:FILE,ro or loopback")
+    path, comma, flag = argument.rpartition(",")
+    read_only = bool(comma) and flag == "ro"
+    image = path if read_only else argument
+
+    def make() -> UsbDevice:
+        try:
+            return MassStorage(image, read_only=read_only, speed=speed)
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise DeviceError(
+                f"disk image {image}: {why}; make one with e.g. truncate -s 64M {image}, or check its permissions"
+            ) from error
+
+    return make
+
+
+def _peer(wanted: Wanted) -> Listening | Connecting:
+    try:
+        return Listening(wanted.value) if wanted.option == "--as" else Connecting(wanted.value)
+    except ValueError as error:
+        raise Failure(ExitCode.USAGE, f"{wanted.option} {error}") from error
+    except OSError as error:
+        raise Failure(
+            ExitCode.ADDRESS,
+            f"cannot listen on {wanted.value}: {error.strerror}; is another program there? choose another port, or 0",
+        ) from error
+
+
+# ---------------------------------------------------------------- running
+
+
+def _start(exporter: Exporter) -> None:
+    try:
+        exporter.start()
+    except DeviceError as error:
+        raise Failure(DEVICE_CODES.get(error.reason, ExitCode.DEVICE), str(error)) from error
+
+
+def _code_at_end(exporter: Exporter, messages: Messages) -> ExitCode:
+    error = exporter.error
+    if error is None:
+        return ExitCode.OK
+    if isinstance(error, DeviceError):
+        return DEVICE_CODES.get(error.reason, ExitCode.DEVICE)
+    if isinstance(error, ProtocolError):
+        return ExitCode.PROTOCOL
+    assert isinstance(error, OSError), "an exporter ends with one of these"
+    failure = Failure(
+        ExitCode.REFUSED,
+        f"cannot connect to {exporter.address}: {error.strerror or error}; is the virtual machine listening there?",
+    )
+    messages.failure(failure)
+    return failure.code
+
+
+class _StopSignal:
+    """SIGINT, SIGTERM and SIGHUP end the loop at its next round, wherever they hit; a second one ends at once.
+
+    An exception out of a signal handler could be raised, and lost, inside a callback of libusb.
+    """
+
+    def __enter__(self) -> _StopSignal:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        self._came = False
+        self._handlers = [signal.signal(number, self._handle) for number in self._signals]
+        self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup_fd)
+        for number, handler in zip(self._signals, self._handlers, strict=True):
+            signal.signal(number, handler)
+        self._reader.close()
+        self._writer.close()
+
+    def fileno(self) -> int:
+        """Readable when a signal came."""
+        return self._reader.fileno()
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._came:
+            _interrupt()
+        self._came = True
+
+
+def _interrupt() -> NoReturn:
+    raise KeyboardInterrupt

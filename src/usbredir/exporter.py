@@ -1,0 +1,538 @@
+"""Exporting that heals: one device and one address each, kept joined while devices and guests come and go.
+
+An :class:`Exporter` owns two links, the one to its device (a :class:`DeviceSource`) and the one to its guest
+(listening, or connecting again and again), each with its own small state; a :class:`~usbredir.transport.Session` exists
+while there is a guest. :func:`run` polls any number of exporters in one thread. Nothing in it waits for a peer or a
+device.
+
+How data flows in a round: poll; the guest's requests; the device's completions; the answers. Then what has to be
+mended: a lost device is taken from the host (the guest is told) and looked for; a guest that left makes place for the
+next one.
+
+Source: docs/exporter.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from . import filter as _filter
+from .descriptors import device_ids
+from .device import UsbDevice
+from .errors import ConnectionClosed, DeviceError, DeviceLostError, DeviceRejectedError, ProtocolError
+from .filter import FilterResult, FilterRule
+from .host import check_device_filter
+from .limits import Limits
+from .parser import VERSION, LogLevel, escape
+from .transport import POLLIN, POLLOUT, Connection, Connector, Listener, Poller, Session, listen, turn_away
+
+__all__ = [
+    "Connecting",
+    "DeviceSource",
+    "Event",
+    "Exporter",
+    "ExportSettings",
+    "FactorySource",
+    "Listening",
+    "run",
+]
+
+CHECK_DEVICE = 1.0
+"""Seconds between two looks for a device that is not there; sooner when the system tells of an arrival."""
+RETRY_FIRST = 0.5
+"""Seconds before connecting again, the first time; the wait doubles."""
+RETRY_LONGEST = 10.0
+"""Seconds of the longest wait; every wait is up to a quarter longer, by chance, so that many do not come at once."""
+CONNECT_LIMIT = 10.0
+"""Seconds that one attempt to connect may take."""
+
+
+class Event(Enum):
+    """What an exporter tells of."""
+
+    LISTENING = "listening"
+    CONNECTED = "connected"
+    LEFT = "left"
+    BROKEN = "broken"
+    TURNED_AWAY = "turned-away"
+    WAITING_FOR_DEVICE = "waiting-for-device"
+    WAITING_FOR_GUEST = "waiting-for-guest"
+    DEVICE_LOST = "device-lost"
+    DEVICE_BACK = "device-back"
+    FAILED = "failed"
+    LOG = "log"
+
+
+Report = Callable[[Event, LogLevel, str], None]
+
+
+class DeviceSource(Protocol):
+    """Where an exporter has its device from. Threads: the exporter's."""
+
+    def open(self) -> UsbDevice:
+        """The device, opened. After a loss the same one again, wherever it is plugged in. Raises DeviceError."""
+        ...
+
+    def pollfds(self) -> Sequence[tuple[int, int]]:
+        """Descriptors that tell of arrivals, to be polled while the device is missing."""
+        ...
+
+    def has_news(self) -> bool:
+        """Whether something was plugged in since the last call; called when one of its descriptors is ready."""
+        ...
+
+
+class FactorySource:
+    """A source of devices that a function makes, for virtual devices. An unplugged one is made anew."""
+
+    def __init__(self, make: Callable[[], UsbDevice]) -> None:
+        self._make = make
+
+    def open(self) -> UsbDevice:
+        """A new device."""
+        return self._make()
+
+    def pollfds(self) -> Sequence[tuple[int, int]]:
+        """None: devices are made when asked for."""
+        return ()
+
+    def has_news(self) -> bool:
+        """Never."""
+        return False
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How to export.
+
+    Attributes:
+        once: end when the first guest has left, or the device is lost for it.
+        wait: at the start, wait for a device that is not there and a guest that does not listen, in place of failing.
+        rules: what may be exported at all; no rule that fits means no. None: everything.
+        unanswered: seconds that sent data may stay unacknowledged, see ``Connection.keep_alive``; None: the system's.
+        version: text for hello.
+        limits: what a guest may make us hold.
+    """
+
+    once: bool = False
+    wait: bool = False
+    rules: Sequence[FilterRule] | None = None
+    unanswered: float | None = None
+    version: str = VERSION
+    limits: Limits = field(default_factory=Limits)
+
+
+# ---------------------------------------------------------------- the link to the guest
+
+
+class Listening:
+    """Guests come to us, one at a time. Raises what :func:`~usbredir.transport.listen` raises."""
+
+    def __init__(self, address: str) -> None:
+        self._listener: Listener = listen(address)
+        self.address = str(self._listener.address)
+
+    def start(self, report: Report, *, wait: bool) -> None:
+        """Tell where."""
+        report(Event.LISTENING, LogLevel.INFO, f"listening on {self.address}")
+
+    def wanted(self) -> Sequence[tuple[int, int]]:
+        """Descriptors to poll."""
+        return ((self._listener.fileno(), POLLIN),)
+
+    def timeout(self) -> float | None:
+        """Seconds until :meth:`step` is due by itself, or None."""
+        return None
+
+    def step(self, ready: Mapping[int, int], report: Report) -> Connection | None:
+        """The guest that came, if one did."""
+        if self._listener.fileno() not in ready:
+            return None
+        connection = self._listener.accept(0)
+        if connection is not None:
+            report(Event.CONNECTED, LogLevel.INFO, f"guest connected from {connection.name}")
+        return connection
+
+    def step_while_busy(self, ready: Mapping[int, int], log: Callable[[LogLevel, str], None]) -> None:
+        """Others are turned away."""
+        if self._listener.fileno() in ready:
+            turn_away(self._listener, log)
+
+    def left(self) -> None:
+        """The guest has left; the next one may come."""
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._listener.close()
+
+
+class Connecting:
+    """We go to the guest, again after it has left or when it is not there, less and less often.
+
+    Raises ValueError for the form of *address*, OSError when the name cannot be looked up.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = lambda: random.uniform(1.0, 1.25),
+    ) -> None:
+        self.address = address
+        self._clock = clock
+        self._jitter = jitter
+        self._wait = RETRY_FIRST
+        self._due = 0.0
+        self._connector: Connector | None = None
+        self._may_fail = False
+        self._told = False
+
+    def start(self, report: Report, *, wait: bool) -> None:
+        """Without *wait* the first attempt has to succeed."""
+        self._may_fail = wait
+        self._due = self._clock()
+
+    def wanted(self) -> Sequence[tuple[int, int]]:
+        """Descriptors to poll."""
+        return () if self._connector is None else ((self._connector.fileno(), POLLOUT),)
+
+    def timeout(self) -> float | None:
+        """Seconds until the next attempt, or until this one has taken too long."""
+        return max(0.0, self._due - self._clock())
+
+    def step(self, ready: Mapping[int, int], report: Report) -> Connection | None:
+        """Go on connecting. Raises OSError when the first attempt fails, and that is not to be waited for."""
+        try:
+            connection = self._attempt(ready)
+        except OSError as error:
+            self._give_up(error, report)
+            return None
+        if connection is None:
+            return None
+        self._connector = None
+        self._may_fail, self._wait, self._told = True, RETRY_FIRST, False
+        report(Event.CONNECTED, LogLevel.INFO, f"connected to {connection.name}")
+        return connection
+
+    def _attempt(self, ready: Mapping[int, int]) -> Connection | None:
+        if self._connector is None:
+            if self._clock() < self._due:
+                return None
+            self._connector = Connector(self.address)
+            self._due = self._clock() + CONNECT_LIMIT
+        elif self._connector.fileno() not in ready:
+            if self._clock() >= self._due:
+                raise TimeoutError(None, "no answer")
+            return None
+        return self._connector.finish()
+
+    def _give_up(self, error: OSError, report: Report) -> None:
+        """This attempt has failed: the next one comes later."""
+        if self._connector is not None:
+            self._connector.close()
+            self._connector = None
+        if not self._may_fail:
+            raise error
+        if not self._told:
+            self._told = True
+            why = error.strerror or error
+            report(Event.WAITING_FOR_GUEST, LogLevel.WARNING, f"cannot connect to {self.address}: {why}; trying again")
+        self._pause()
+
+    def _pause(self) -> None:
+        self._due = self._clock() + self._wait * self._jitter()
+        self._wait = min(2 * self._wait, RETRY_LONGEST)
+
+    def step_while_busy(self, ready: Mapping[int, int], log: Callable[[LogLevel, str], None]) -> None:
+        """Nobody else can come."""
+
+    def left(self) -> None:
+        """The guest has left: connect again, but not at once."""
+        self._pause()
+
+    def close(self) -> None:
+        """Give up an attempt under way."""
+        if self._connector is not None:
+            self._connector.close()
+
+
+# ---------------------------------------------------------------- an exporter
+
+
+class Exporter:
+    """One device at one address.
+
+    Attributes:
+        ended: nothing more will happen (``once``, or a first attempt that failed).
+        error: what it ended with; None: the guest left.
+
+    Threads: one.
+    """
+
+    def __init__(
+        self,
+        source: DeviceSource,
+        peer: Listening | Connecting,
+        report: Report,
+        settings: ExportSettings = ExportSettings(),
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._source = source
+        self._peer = peer
+        self._report = report
+        self._settings = settings
+        self._clock = clock
+        self._device: UsbDevice | None = None
+        self._session: Session | None = None
+        self._check_at: float | None = None  # when to look for the device again
+        self._problem = ""  # what kept us from having it, told once
+        self._checked_rules: Sequence[FilterRule] | None = None
+        self.ended = False
+        self.error: Exception | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it listens, or connects to."""
+        return self._peer.address
+
+    def start(self) -> None:
+        """Take the device, then begin to listen or to connect.
+
+        Raises DeviceError unless *wait* is set and the device is only missing.
+        """
+        try:
+            self._take_device()
+        except DeviceError as error:
+            if not self._settings.wait or error.reason != "missing":
+                raise
+            self._report(Event.WAITING_FOR_DEVICE, LogLevel.INFO, f"waiting for the device: {error}")
+            self._look_later(error)
+        self._peer.start(self._report, wait=self._settings.wait)
+
+    # ------------------------------------------------------------ polling
+
+    def wanted(self) -> list[tuple[int, int]]:
+        """Descriptors to poll."""
+        session, device = self._session, self._device
+        wanted: list[tuple[int, int]] = []
+        if session is not None:
+            wanted += session.wanted()  # with the device's
+        elif device is not None:
+            wanted += device.pollfds()
+        if session is None or type(self._peer) is Listening:
+            wanted += self._peer.wanted()
+        if device is None:
+            wanted += self._source.pollfds()
+        return wanted
+
+    def timeout(self) -> float | None:
+        """Seconds until :meth:`step` is due without any descriptor being ready, or None."""
+        waits = []
+        if self._device is not None:
+            waits.append(self._device.next_timeout())
+        if self._session is None:
+            waits.append(self._peer.timeout())
+        if self._check_at is not None:
+            waits.append(max(0.0, self._check_at - self._clock()))
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def step(self, ready: Mapping[int, int]) -> None:
+        """One round. Raises nothing that a guest or a device can cause; see *ended* and *error*."""
+        try:
+            if self._session is not None:
+                self._serve(self._session, ready)
+            else:
+                self._wait_for_guest(ready)
+            device = self._device
+            if device is not None and device.lost:
+                self._device_lost(DeviceLostError("the device was unplugged"))
+            elif device is None:
+                self._look_for_device(ready)
+        except OSError as error:  # the first attempt to connect
+            self._end(error)
+
+    # ------------------------------------------------------------ the guest
+
+    def _wait_for_guest(self, ready: Mapping[int, int]) -> None:
+        if self._device is not None:
+            self._device.handle_events(0)  # an idle device that is unplugged is noticed here
+        connection = self._peer.step(ready, self._report)
+        if connection is None:
+            return
+        with contextlib.suppress(OSError):  # gone again: the next read tells
+            connection.keep_alive(unanswered=self._settings.unanswered)
+        session = Session(connection, None, version=self._settings.version, limits=self._settings.limits, log=self._log)
+        self._session = session
+        self._checked_rules = None
+        if self._device is not None:
+            self._give_device(session, self._device)
+
+    def _serve(self, session: Session, ready: Mapping[int, int]) -> None:
+        try:
+            session.step(ready)
+            self._check_guest_filter(session)
+        except ConnectionClosed:
+            self._guest_left(None, Event.LEFT, "guest left")
+        except DeviceLostError as error:
+            self._device_lost(error)
+        except DeviceRejectedError as error:
+            self._guest_left(error, Event.FAILED, str(error))
+        except ProtocolError as error:
+            self._guest_left(error, Event.FAILED, str(error))
+        except OSError as error:
+            self._guest_left(None, Event.BROKEN, f"connection lost: {error.strerror or error}")
+        else:
+            self._peer.step_while_busy(ready, self._log)
+
+    def _check_guest_filter(self, session: Session) -> None:
+        """The guest may tell which devices it allows; ours goes when it is not among them."""
+        rules = session.host.guest_filter
+        if rules is self._checked_rules or rules is None or session.host.device is None:
+            return
+        self._checked_rules = rules
+        if check_device_filter(rules, session.host.device) is not FilterResult.ALLOW:
+            raise DeviceRejectedError("the guest's filter does not allow the device")
+
+    def _guest_left(self, error: Exception | None, event: Event, message: str) -> None:
+        self._report(event, LogLevel.INFO if error is None else LogLevel.WARNING, escape(message))
+        self._end_session()
+        if self._settings.once:
+            self._end(error)
+            return
+        self._peer.left()
+        if self._device is not None and not self._device.lost:
+            try:
+                self._device.claim()  # kept for the next guest
+            except DeviceError as problem:
+                self._device_lost(problem)
+
+    def _end_session(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close(give_back=False)
+            session.connection.close()
+
+    # ------------------------------------------------------------ the device
+
+    def _take_device(self) -> None:
+        """Open and claim the device. Raises DeviceError."""
+        device = self._source.open()
+        try:
+            self._check_own_filter(device)
+            device.claim()
+        except BaseException:
+            device.close()
+            raise
+        self._device = device
+        self._check_at = None
+        self._problem = ""
+
+    def _check_own_filter(self, device: UsbDevice) -> None:
+        rules = self._settings.rules
+        if rules is None:
+            return
+        ids = device_ids(device.device_descriptor, device.configuration_descriptor)
+        result = _filter.check(rules, ids)
+        if result is not FilterResult.ALLOW:
+            why = "a rule denies it" if result is FilterResult.DENY else "no rule allows it"
+            raise DeviceError(
+                f"the device {ids.vendor_id:04x}:{ids.product_id:04x} may not be exported: {why} (--filter)",
+                reason="filtered",
+            )
+
+    def _give_device(self, session: Session, device: UsbDevice) -> None:
+        """Announce *device* to the guest."""
+        try:
+            session.host.set_device(device)
+        except DeviceError as error:
+            self._device_lost(error)
+
+    def _device_lost(self, error: DeviceError) -> None:
+        """Tell the guest, let the device go, and look for it from now on."""
+        self._report(Event.DEVICE_LOST, LogLevel.WARNING, escape(str(error)))
+        session = self._session
+        if session is not None:
+            session.host.set_device(None)
+        self._let_device_go()
+        if self._settings.once and not self._settings.wait and session is not None:
+            self._end_session()
+            self._end(error)
+            return
+        self._look_later(error)
+
+    def _let_device_go(self) -> None:
+        device, self._device = self._device, None
+        if device is not None:
+            with contextlib.suppress(DeviceError):
+                device.release(give_back=True)
+            device.close()
+
+    def _look_later(self, error: DeviceError) -> None:
+        self._check_at = self._clock() + CHECK_DEVICE
+        self._problem = str(error)
+
+    def _look_for_device(self, ready: Mapping[int, int]) -> None:
+        """Take the device as soon as it is back."""
+        if self._check_at is None or self.ended:
+            return
+        fds = {descriptor for descriptor, _ in self._source.pollfds()}
+        arrived = not fds.isdisjoint(ready) and self._source.has_news()
+        if not arrived and self._clock() < self._check_at:
+            return
+        try:
+            self._take_device()
+        except DeviceError as error:
+            if error.reason != "missing" and str(error) != self._problem:
+                # Just plugged in, perhaps, and its file not yet ours: told once, tried again.
+                self._report(Event.WAITING_FOR_DEVICE, LogLevel.WARNING, escape(str(error)))
+            self._look_later(error)
+            return
+        self._report(Event.DEVICE_BACK, LogLevel.INFO, "the device is there")
+        if self._session is not None and self._device is not None:
+            self._give_device(self._session, self._device)
+
+    # ------------------------------------------------------------ the end
+
+    def _end(self, error: Exception | None) -> None:
+        self.ended = True
+        self.error = error
+        self.close()
+
+    def close(self) -> None:
+        """End the session and give the device back. Idempotent."""
+        self._end_session()
+        self._let_device_go()
+        self._peer.close()
+        self._check_at = None
+
+    def _log(self, level: LogLevel, message: str) -> None:
+        self._report(Event.LOG, level, message)
+
+
+def run(exporters: Sequence[Exporter], *, stop_fd: int | None = None) -> None:
+    """Run *exporters*, which were started, until all have ended or *stop_fd* becomes readable; then close them.
+
+    Raises nothing that guests or devices can cause. Threads: one.
+    """
+    poller = Poller()
+    stop = [] if stop_fd is None else [(stop_fd, POLLIN)]
+    try:
+        while running := [exporter for exporter in exporters if not exporter.ended]:
+            wanted = stop + [pair for exporter in running for pair in exporter.wanted()]
+            waits = [wait for exporter in running if (wait := exporter.timeout()) is not None]
+            ready = poller.wait(wanted, min(waits, default=None))
+            if stop_fd is not None and stop_fd in ready:
+                return
+            for exporter in running:
+                exporter.step(ready)
+    finally:
+        for exporter in exporters:
+            exporter.close()
