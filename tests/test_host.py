@@ -447,7 +447,7 @@ def test_a_flood_of_large_requests_is_bounded() -> None:
 
 def test_without_locks_none_is_used() -> None:
     """The default is single-threaded."""
-    assert not Bed(FakeDevice(), locks=None).host._guard.active
+    assert not Bed(FakeDevice(), locks=None).host._lock.active
 
 
 def a_bit_of_everything(bed: Bed, device: FakeDevice) -> None:

@@ -18,6 +18,8 @@ from usbredir._layout import (
     array,
     compile_decoder,
     compile_encoder,
+    compile_reply,
+    compile_row,
     describe_layout,
     header_struct,
 )
@@ -291,3 +293,32 @@ def test_array(code: str, size: int) -> None:
     packed = wire.to_wire(range(32))
     assert len(packed) == size
     assert wire.from_wire(packed) == tuple(range(32))
+
+
+@given(st.data(), st.sampled_from([ControlPacket, BulkPacket]))
+def test_reply_replaces_the_result(data: st.DataObject, cls: type[Packet]) -> None:
+    """Everything else of the request stays, in the order of what a packet stores."""
+    request = data.draw(packets_of(cls, GUEST, EVERYTHING))
+    reply = compile_reply(cls.declaration)(request, 4, 3, b"abc")
+    assert reply == tuple(request.replace(status=4, length=3, data=b"abc"))
+
+
+def test_row_has_defaults_for_the_rest() -> None:
+    row = compile_row(BufferedBulkPacket.declaration, "data", "id", "length")
+    assert row(b"xy", 7, 2) == tuple(BufferedBulkPacket(id=7, data=b"xy"))
+
+
+@pytest.mark.parametrize("size", [3, SMALL, SMALL + 1])
+def test_an_owning_encoder_copies_no_data(size: int) -> None:
+    """The same bytes; large data is the very object."""
+    arguments = (BulkPacket.declaration, True, EVERYTHING, EVERYTHING, HOST, MAX_BULK)
+    data = memoryview(bytearray(size))
+    row = tuple(BulkPacket(id=1, endpoint=0x81, data=data))
+    copied, owned = compile_encoder(*arguments)(row), compile_encoder(*arguments, owned=True)(row)
+    if isinstance(owned, Large):
+        assert owned.parts[1] is data
+        assert isinstance(copied, Large)
+        assert copied.parts == (owned.parts[0], bytes(data))
+    else:
+        assert owned == copied
+        assert type(owned) is bytes

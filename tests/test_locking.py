@@ -125,3 +125,13 @@ def test_a_guard_is_freed_once() -> None:
     assert not guard.active
     with guard:
         assert not locks.held
+
+
+def test_the_section_of_a_guard() -> None:
+    """With a lock it is the guard; without, anything that can be entered again and again."""
+    locks = CountingLocks()
+    guard = Guard(locks)
+    assert guard.section() is guard
+    section = Guard(None).section()
+    with section, section:
+        pass

@@ -1749,3 +1749,39 @@ def test_a_bad_header_that_is_still_to_be_told_is_not_serialized() -> None:
         parser.do_read()
     with pytest.raises(StateError, match="do_read"):
         parser.serialize()
+
+
+@given(st.data())
+def test_a_row_is_sent_like_its_packet(data: st.DataObject) -> None:
+    """send_row puts out what send does, or refuses with the same reason."""
+    packet = data.draw(packets(HOST, mask_of(ALL), mask_of(ALL)))
+    host, end, _, _ = parser_pair()
+    outputs = []
+    for send in (lambda: host.send(packet), lambda: host.send_row(type(packet), tuple(packet))):
+        send()
+        host.do_write()
+        outputs.append(end.take_output())
+    assert outputs[0] == outputs[1]
+    assert outputs[0]
+
+
+def test_a_row_that_breaks_a_rule_is_refused() -> None:
+    host = Parser(End(), usb_host=True)
+    waiting = host.has_data_to_write()
+    for packet in (BulkPacket(endpoint=0x01, data=b"an answer has none"), BulkPacket(endpoint=0x81, status=256)):
+        with pytest.raises(LocalProtocolError) as by_send:
+            host.send(packet)
+        with pytest.raises(LocalProtocolError) as by_row:
+            host.send_row(type(packet), tuple(packet))
+        assert str(by_row.value) == str(by_send.value)
+        assert by_row.value.reason == by_send.value.reason
+    assert host.has_data_to_write() == waiting
+
+
+def test_backlog_exceeds() -> None:
+    """More than so many packets, or bytes."""
+    host = Parser(End(), usb_host=True)  # its hello waits
+    size = host.buffered_output_size()
+    assert not host.backlog_exceeds(1, size)
+    assert host.backlog_exceeds(0, size)
+    assert host.backlog_exceeds(1, size - 1)

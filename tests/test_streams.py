@@ -11,7 +11,6 @@ from usbredir._streams import (
     Stream,
     StreamInput,
     StreamState,
-    data_packet,
     status_packet,
 )
 from usbredir.device import Transfer
@@ -124,8 +123,11 @@ def test_ids_count_from_zero() -> None:
         (TransferType.BULK, BufferedBulkPacket(id=9, endpoint=0x81, status=Status.BABBLE, data=b"abc")),
     ],
 )
-def test_data_packet(kind: TransferType, packet: Packet) -> None:
-    assert data_packet(stream(kind), 9, Status.BABBLE, b"abc") == packet
+def test_row_of_received_data(kind: TransferType, packet: Packet) -> None:
+    """The values of a packet of the stream's kind, without the packet."""
+    running = stream(kind)
+    assert running.packet_class is type(packet)
+    assert running.row(9, 0x81, Status.BABBLE, 3, b"abc") == tuple(packet)
 
 
 @pytest.mark.parametrize(

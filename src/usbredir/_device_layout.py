@@ -55,7 +55,7 @@ class DeviceLayout:
 
     def endpoint(self, address: int) -> EndpointSlot:
         """What is at an endpoint address; type INVALID where there is nothing."""
-        return self._slots[endpoint_index(address)]
+        return self._by_address[address]
 
     def addresses(self, interface: int) -> list[int]:
         """Endpoint addresses of an interface's present alternate setting."""
@@ -86,6 +86,8 @@ class DeviceLayout:
                         endpoint.max_streams,
                     )
         self._slots = slots
+        # By every value that an address field can have: two calls per transfer less.
+        self._by_address = [slots[endpoint_index(address)] for address in range(256)]
 
     # ------------------------------------------------------------ packets
 

@@ -36,6 +36,8 @@ __all__ = [
     "array",
     "compile_decoder",
     "compile_encoder",
+    "compile_reply",
+    "compile_row",
     "compile_run",
     "constructor",
     "describe_layout",
@@ -326,7 +328,7 @@ def _conversions(declaration: Declaration, both: int, namespace: dict[str, Any])
 
 @lru_cache(maxsize=4096)
 def _encoder(
-    declaration: Declaration, wide_ids: bool, both: int, allowed: bool, travel: Direction, max_bulk: int
+    declaration: Declaration, wide_ids: bool, both: int, allowed: bool, travel: Direction, max_bulk: int, owned: bool
 ) -> Callable[..., Any]:
     parts = declaration.header_fields(both)
     id_value = "0" if not declaration.carries_id else "id" if wide_ids else "id & 0xFFFFFFFF"
@@ -339,7 +341,7 @@ def _encoder(
     }
     lines = _needs(declaration, allowed)
     lines.append(f"    {', '.join(declaration.stored)}, = packet")
-    if declaration.transfers:
+    if declaration.transfers and not owned:
         lines.append("    if data.__class__ is not bytes: data = snapshot(data)")
     values = []
     for f in declaration.fields:
@@ -376,17 +378,47 @@ def _encoder(
     return _execute(source, "encode", namespace, declaration)
 
 
+def compile_row(declaration: Declaration, *given: str) -> Callable[..., tuple[Any, ...]]:
+    """``row(given...)``: what a packet stores, as a plain tuple; what is not given has its default.
+
+    For encoders of packets that nobody is to see: the packet object costs 290 ns.
+    """
+    namespace: dict[str, Any] = {f"default_{f.name}": f.default for f in declaration.fields}
+    values = [name if name in given else f"default_{name}" for name in declaration.stored]
+    source = f"def row({', '.join(given)}):\n    return ({', '.join(values)},)"
+    return _execute(source, "row", namespace, declaration)
+
+
+def compile_reply(declaration: Declaration) -> Callable[[Any, int, int, Any], tuple[Any, ...]]:
+    """``reply(packet, status, length, data)``: what a data packet stores, as a plain tuple, with these replaced."""
+    replaced = ("status", "length", "data")
+    before = [f"{name}_" if name in replaced else name for name in declaration.stored]
+    source = (
+        f"def reply(packet, status, length, data):\n    {', '.join(before)}, = packet\n"
+        f"    return ({', '.join(declaration.stored)},)"
+    )
+    return _execute(source, "reply", {}, declaration)
+
+
 def compile_encoder(
-    declaration: Declaration, wide_ids: bool, both: int, peer: int, travel: Direction, max_bulk: int
+    declaration: Declaration,
+    wide_ids: bool,
+    both: int,
+    peer: int,
+    travel: Direction,
+    max_bulk: int,
+    *,
+    owned: bool = False,
 ) -> Callable[[Any], bytes | Large]:
     """``encode(packet)``: the whole packet as bytes, or :class:`Large` for a payload above :data:`SMALL`.
 
+    *packet* may be the plain tuple of what it stores. With *owned* the data is never copied: it stays as it is.
     The encoder raises :class:`Reject`, and struct.error, ValueError or TypeError for a value that has no place
     in its field.
     """
     allowed = declaration.needs is None or has(peer, declaration.needs)
     both &= declaration.capabilities
-    return _encoder(declaration, wide_ids, both, allowed, travel, max_bulk)
+    return _encoder(declaration, wide_ids, both, allowed, travel, max_bulk, owned)
 
 
 def _needs(declaration: Declaration, allowed: bool) -> list[str]:

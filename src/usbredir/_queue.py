@@ -68,11 +68,13 @@ class OutputQueue:
         writev: Callable[[Sequence[memoryview]], int | None] | None,
         *,
         owned: bool,
+        counting: bool = False,
     ) -> None:
         self._guard = guard
         self._limits = limits
         limited = limits.max_queued_packets is not None or limits.max_queued_bytes is not None
-        self._counting = guard.active or limited
+        guarded = guard.active or limited
+        self._counting = guarded or counting
         self._write = write
         self._writev = writev
         self._owned = owned
@@ -85,9 +87,13 @@ class OutputQueue:
         self._writer: int | None = None
         self._again = False
         # Chosen once: asking for lock and limits again at every packet takes 200 of the 700 ns that queueing and
-        # writing a small packet take, and counting its bytes 70.
-        self.push: Callable[[Entry], None] = self._push_guarded if self._counting else self._entries.append
+        # writing a small packet take, and counting its bytes 70. A host counts, since it often asks how much waits.
+        self.push: Callable[[Entry], None] = self._entries.append
         """Append a packet. Raises QueueFullError at a limit."""
+        if guarded:
+            self.push = self._push_guarded
+        elif counting:
+            self.push = self._push_counted
         self.flush: Callable[[], None] = self._flush_guarded if guard.active else self._flush
         """Write until the queue is empty or the transport would block; see :meth:`_flush_guarded`."""
         self._drain: Callable[[], bool] = self._drain_single if writev is None else self._drain_vectored
@@ -104,11 +110,19 @@ class OutputQueue:
         out = self._bytes_out  # read first: what comes in between only makes the answer larger
         return self._bytes_in - out
 
+    def exceeds(self, packets: int, size: int) -> bool:
+        """Whether more than so many packets, or bytes, wait. One call, for one that is made at every packet."""
+        return len(self._entries) > packets or self.size > size
+
     def push_unlimited(self, entry: Entry) -> None:
         """Append a packet that the peer waits for, whatever the limits."""
         with self._guard:
             self._entries.append(entry)
             self._bytes_in += len(entry)
+
+    def _push_counted(self, entry: Entry) -> None:
+        self._entries.append(entry)
+        self._bytes_in += len(entry)
 
     def _push_guarded(self, entry: Entry) -> None:
         with self._guard:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
+from ._layout import compile_row
 from .device import Transfer
 from .packets import (
     BufferedBulkPacket,
     BulkReceivingStatus,
     InterruptPacket,
     InterruptReceivingStatus,
+    IsoPacket,
     IsoStreamStatus,
     Packet,
 )
@@ -31,7 +33,6 @@ __all__ = [
     "Stream",
     "StreamInput",
     "StreamState",
-    "data_packet",
     "status_packet",
 ]
 
@@ -124,10 +125,24 @@ class Shape(NamedTuple):
         )
 
 
+DATA_PACKETS: Mapping[TransferType, type[Packet]] = {
+    TransferType.ISO: IsoPacket,
+    TransferType.INTERRUPT: InterruptPacket,
+    TransferType.BULK: BufferedBulkPacket,
+}
+"""The packet that carries what a stream receives."""
+ROWS = {
+    kind: compile_row(packet_class.declaration, "id", "endpoint", "status", "length", "data")
+    for kind, packet_class in DATA_PACKETS.items()
+}
+"""What such a packet stores, see :meth:`~usbredir.parser.Parser.send_row`."""
+
+
 class Stream:
     """One run of a stream; this class: of interrupt or bulk receiving.
 
     Attributes:
+        packet_class, row: of the packets with received data: row(id, endpoint, status, length, data).
         idle: transfers that completed while the stream was paused.
         recoveries: stalls in a row before this run.
     """
@@ -136,6 +151,8 @@ class Stream:
         self.shape = shape
         self.kind = shape.kind
         self.endpoint = shape.endpoint
+        self.packet_class = DATA_PACKETS[shape.kind]
+        self.row = ROWS[shape.kind]
         self.recoveries = recoveries
         self.state = StreamState.RUNNING
         self.idle: list[Transfer] = []
@@ -169,13 +186,6 @@ class Stream:
         packet_id = self._next_id
         self._next_id += 1
         return packet_id
-
-
-def data_packet(stream: Stream, packet_id: int, status: int, data: bytes | bytearray | memoryview) -> Packet:
-    """A completed transfer of *stream* as the packet of its kind."""
-    if stream.kind is TransferType.INTERRUPT:
-        return InterruptPacket(id=packet_id, endpoint=stream.endpoint, status=status, data=data)
-    return BufferedBulkPacket(id=packet_id, endpoint=stream.endpoint, status=status, data=data)
 
 
 def status_packet(kind: TransferType, endpoint: int, status: int, packet_id: int) -> Packet | None:

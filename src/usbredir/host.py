@@ -22,6 +22,7 @@ from typing import Any, cast
 
 from . import filter as _filter
 from ._device_layout import DeviceLayout
+from ._layout import compile_reply
 from ._link import Link
 from ._redirection import TRANSITIONS, Action, Input, Redirection
 from ._stream_host import StreamHost
@@ -87,7 +88,10 @@ DO_NOT_RESET = {(0x1210, 0x001C), (0x2798, 0x0001)}
 REQUEST_CLEAR_HALT = (0x02, 1, 0)
 """requesttype, request and value of CLEAR_FEATURE(ENDPOINT_HALT)."""
 
+CONNECTED = Redirection.CONNECTED
 DataRequest = ControlPacket | BulkPacket | InterruptPacket
+Payload = bytes | bytearray | memoryview
+REPLIES = {cls: compile_reply(cls.declaration) for cls in (ControlPacket, BulkPacket, InterruptPacket)}
 
 
 class HostCallbacks(StreamCallbacks):
@@ -135,8 +139,14 @@ class Host(StreamHost):
         super().__init__()
         self._callbacks = callbacks
         self._limits = limits
+        self._max_transfers = limits.max_transfers
+        self._max_transfer_bytes = limits.max_transfer_bytes
+        self._most_packets = READ_BACKLOG_PACKETS if limits.max_queued_packets is None else limits.max_queued_packets
+        self._most_stream_packets = min(MAX_STREAM_BACKLOG, self._most_packets)
+        self._most_bytes = READ_BACKLOG_BYTES if limits.max_queued_bytes is None else limits.max_queued_bytes
         self.guest_filter = None
-        self._guard = Guard(locks)
+        self._lock = Guard(locks)
+        self._guard = self._lock.section()
         self._state = Redirection.NEW
         self._device: UsbDevice | None = None
         self._layout: DeviceLayout | None = None
@@ -231,10 +241,7 @@ class Host(StreamHost):
     @property
     def reading_paused(self) -> bool:
         """Too many replies wait: do not wait for input before some were written. Threads: any number of callers."""
-        limits = self._limits
-        packets = READ_BACKLOG_PACKETS if limits.max_queued_packets is None else limits.max_queued_packets
-        total = READ_BACKLOG_BYTES if limits.max_queued_bytes is None else limits.max_queued_bytes
-        return self.has_data_to_write() > packets or self.buffered_output_size() > total
+        return self._parser.backlog_exceeds(self._most_packets, self._most_bytes)
 
     def log(self, level: LogLevel, message: str) -> None:
         """Write a message to the application's log. Threads: any number of callers."""
@@ -243,7 +250,7 @@ class Host(StreamHost):
     @property
     def _overloaded(self) -> bool:
         """The guest does not keep up with what streams bring."""
-        return self.has_data_to_write() > MAX_STREAM_BACKLOG or self.reading_paused
+        return self._parser.backlog_exceeds(self._most_stream_packets, self._most_bytes)
 
     @property
     def device(self) -> UsbDevice | None:
@@ -273,7 +280,7 @@ class Host(StreamHost):
 
     def _free_locks(self) -> None:
         self._parser.close()
-        self._guard.free()
+        self._lock.free()
 
     # ------------------------------------------------------------ the connection
 
@@ -302,6 +309,15 @@ class Host(StreamHost):
         """Queue a packet; what the guest's capabilities forbid is only logged."""
         try:
             self._parser.send(packet)
+        except LocalProtocolError as error:
+            self.log(LogLevel.ERROR, f"not sent: {error}")
+            return
+        self._flush_due = True
+
+    def _send_row(self, packet_class: type[Packet], row: Sequence[Any]) -> None:
+        """:meth:`_send` for what a packet stores; its data is not copied."""
+        try:
+            self._parser.send_row(packet_class, row)
         except LocalProtocolError as error:
             self.log(LogLevel.ERROR, f"not sent: {error}")
             return
@@ -556,7 +572,7 @@ class Host(StreamHost):
             self._clear_halt(packet)
             return
         setup = (packet.requesttype, packet.request, packet.value, packet.index)
-        self._start(packet, TransferType.CONTROL, timeout=CONTROL_TIMEOUT, setup=setup)
+        self._start(packet, TransferType.CONTROL, setup=setup)
 
     def _clear_halt(self, packet: ControlPacket) -> None:
         """Not forwarded: the controller's side of the endpoint has to be cleared as well."""
@@ -568,7 +584,7 @@ class Host(StreamHost):
 
     def _on_bulk(self, packet: BulkPacket) -> None:
         if self._may_start(packet, TransferType.BULK):
-            self._start(packet, TransferType.BULK, stream_id=packet.stream_id)
+            self._start(packet, TransferType.BULK, packet.stream_id)
 
     def _on_interrupt(self, packet: InterruptPacket) -> None:
         if not self._may_start(packet, TransferType.INTERRUPT):
@@ -582,7 +598,7 @@ class Host(StreamHost):
 
     def _may_start(self, packet: DataRequest, kind: TransferType) -> bool:
         """Check what is the same for all transfers; answer the request when it cannot be served."""
-        if not self._connected:
+        if self._state is not CONNECTED:
             self._refuse(packet, Status.IOERROR)
         elif self._layout_of_device().endpoint(packet.endpoint).type is not kind:
             self.log(LogLevel.ERROR, f"endpoint 0x{packet.endpoint:02x} is no {kind.name.lower()} endpoint")
@@ -597,23 +613,35 @@ class Host(StreamHost):
         """Whether more transfers may be in flight; the guest's excess is logged."""
         transfers += len(self._flying)
         size += self._flying_bytes
-        for stream in self._streams.values():
-            transfers += stream.reserved
-            size += stream.reserved * stream.shape.length
-        fits = transfers <= self._limits.max_transfers and size <= self._limits.max_transfer_bytes
-        if not fits:
-            self.log(LogLevel.WARNING, "the guest wants too many transfers in flight: refused")
-        return fits
+        if self._streams:
+            for stream in self._streams.values():
+                transfers += stream.reserved
+                size += stream.reserved * stream.shape.length
+        if transfers <= self._max_transfers and size <= self._max_transfer_bytes:
+            return True
+        self.log(LogLevel.WARNING, "the guest wants too many transfers in flight: refused")
+        return False
 
-    def _start(self, packet: DataRequest, kind: TransferType, **options: Any) -> None:
+    def _start(
+        self,
+        packet: DataRequest,
+        kind: TransferType,
+        stream_id: int = 0,
+        setup: tuple[int, int, int, int] | None = None,
+    ) -> None:
         self._freshly_reset = False
         transfer = Transfer(
-            kind, packet.endpoint, packet.length, self._single_completed, data=packet.data, context=packet, **options
+            kind, packet.endpoint, packet.length, self._single_completed, data=packet.data, context=packet
         )
+        if setup is not None:
+            transfer.setup = setup
+            transfer.timeout = CONTROL_TIMEOUT
+        elif stream_id:
+            transfer.stream_id = stream_id
         self._requests.setdefault(packet.id, []).append(transfer)
         status = self._submit(transfer)
-        if status != Status.SUCCESS:
-            self._forget_request(transfer)
+        if status:
+            self._forget_request(packet.id, transfer)
             if transfer.device_lost:
                 self._device_gone()
             self._refuse(packet, status)
@@ -627,7 +655,7 @@ class Host(StreamHost):
         except DeviceLostError:
             transfer.device_lost = True
             status = Status.IOERROR
-        if status != Status.SUCCESS:
+        if status:
             self._landed(transfer)
         return status
 
@@ -646,21 +674,30 @@ class Host(StreamHost):
                 return
             if transfer.device_lost:
                 self._device_gone()
-            packet = cast("DataRequest | None", transfer.context)
+            packet = transfer.context
             if packet is not None:  # not cancelled by the guest, which was answered then
-                self._forget_request(transfer)
-                self._send(_reply(packet, transfer.status, transfer.actual_length, transfer.data))
+                self._forget_request(packet.id, transfer)
+                if transfer.endpoint & 0x80:
+                    data = transfer.data
+                    self._answer(packet, transfer.status, len(data), data)
+                else:
+                    self._answer(packet, transfer.status, transfer.actual_length, b"")
         self._flush()
 
-    def _forget_request(self, transfer: Transfer) -> None:
-        packet_id = transfer.context.id  # type: ignore[attr-defined]
+    def _forget_request(self, packet_id: int, transfer: Transfer) -> None:
         same_id = self._requests[packet_id]
-        same_id.remove(transfer)
-        if not same_id:
+        if len(same_id) == 1:
             del self._requests[packet_id]
+        else:
+            same_id.remove(transfer)
 
     def _refuse(self, packet: DataRequest, status: int) -> None:
-        self._send(_reply(packet, status, 0, b""))
+        self._answer(packet, status, 0, b"")
+
+    def _answer(self, packet: DataRequest, status: int, length: int, data: Payload) -> None:
+        """Queue the request's header with the result. *data* belongs to us, and stays as it is."""
+        packet_class = packet.__class__
+        self._send_row(packet_class, REPLIES[packet_class](packet, status, length, data))
 
     def _on_cancel(self, packet: CancelDataPacket) -> None:
         """Answered at once; what the transfer brings later is dropped. Unknown: it has completed meanwhile."""
@@ -669,7 +706,7 @@ class Host(StreamHost):
             return
         transfer = same_id[0]
         request = transfer.context
-        self._forget_request(transfer)
+        self._forget_request(packet.id, transfer)
         transfer.context = None
         self._cancel(transfer)
         self._refuse(cast(DataRequest, request), Status.CANCELLED)
@@ -693,31 +730,6 @@ class Host(StreamHost):
             with self._noticing_loss():
                 status = self._device.free_streams(_addresses(packet.endpoints))
         self._send(BulkStreamsStatus(id=packet.id, endpoints=packet.endpoints, no_streams=0, status=status))
-
-
-def _reply(packet: DataRequest, status: int, length: int, data: Any) -> Packet:
-    """The request's header with the result; data only where it travels to the guest."""
-    if not packet.endpoint & 0x80:
-        data = b""
-    else:
-        length = len(data)
-    if isinstance(packet, BulkPacket):
-        return BulkPacket(
-            id=packet.id, endpoint=packet.endpoint, status=status, length=length, stream_id=packet.stream_id, data=data
-        )
-    if isinstance(packet, ControlPacket):
-        return ControlPacket(
-            id=packet.id,
-            endpoint=packet.endpoint,
-            request=packet.request,
-            requesttype=packet.requesttype,
-            status=status,
-            value=packet.value,
-            index=packet.index,
-            length=length,
-            data=data,
-        )
-    return InterruptPacket(id=packet.id, endpoint=packet.endpoint, status=status, length=length, data=data)
 
 
 def _addresses(mask: int) -> list[int]:

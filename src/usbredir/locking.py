@@ -9,6 +9,7 @@ application (write, log, packet callbacks) while it holds a lock of the output q
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol
 
@@ -84,6 +85,13 @@ class Guard:
     ) -> None:
         if self._callbacks is not None:
             self._callbacks.unlock(self._lock)
+
+    def section(self) -> AbstractContextManager[object]:
+        """This guard for ``with``; where there is no locking, the cheapest object that can stand there.
+
+        An uncontended lock of the interpreter costs 40 ns in a ``with``, two empty methods in Python 150.
+        """
+        return self if self.active else threading.RLock()
 
     def free(self) -> None:
         """Give the lock back to the application. Idempotent; afterwards nothing is locked."""

@@ -12,12 +12,13 @@ from __future__ import annotations
 import enum
 import logging
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
+from typing import Any
 
 from . import _state, capabilities
 from ._framing import REASONS, Decoder, packet_name
-from ._layout import Reject, compile_encoder
+from ._layout import Declaration, Reject, compile_encoder
 from ._queue import Entry, OutputQueue
 from .capabilities import ALL
 from .errors import (
@@ -166,7 +167,12 @@ class Parser:
         self._spare = memoryview(b"")
         self._guard = Guard(locks)
         self._queue = OutputQueue(
-            self._guard, limits, callbacks.write, getattr(callbacks, "writev", None), owned=write_owns_buffer
+            self._guard,
+            limits,
+            callbacks.write,
+            getattr(callbacks, "writev", None),
+            owned=write_owns_buffer,
+            counting=usb_host,
         )
         self._push = self._queue.push
         receives = Direction.GUEST_TO_HOST if usb_host else Direction.HOST_TO_GUEST
@@ -194,6 +200,7 @@ class Parser:
         self._decoder.set_capabilities(self._own, self._peer or 0)
         # class -> encoder, filled on first use; a new table each time, so that senders see one or the other
         self._encoders: dict[type[Packet], Callable[[Packet], Entry]] = {}
+        self._owned_encoders: dict[type[Packet], Callable[[Sequence[Any]], Entry]] = {}
 
     # ------------------------------------------------------------ reading
 
@@ -298,6 +305,23 @@ class Parser:
             raise self._refused(packet, str(error), "field_range") from error
         self._push(entry)
 
+    def send_row(self, packet_class: type[Packet], row: Sequence[Any]) -> None:
+        """:meth:`send` for what a packet of *packet_class* stores, in order, without making the packet.
+
+        Its data is not copied: it has to stay as it is. Raises as send does. Threads: any number of callers.
+        """
+        try:
+            entry = self._owned_encoders[packet_class](row)
+        except KeyError:
+            self._owned_encoders[packet_class] = self._compile(packet_class.declaration, owned=True)
+            self.send_row(packet_class, row)
+            return
+        except Reject as reject:
+            raise self._refused(packet_class, REASONS[reject.reason], reject.reason) from None
+        except (struct.error, ValueError, TypeError, OverflowError) as error:
+            raise self._refused(packet_class, str(error), "field_range") from error
+        self._push(entry)
+
     def _encoder(self, packet: Packet) -> None:
         """Make the encoder of a type that is sent for the first time."""
         if not isinstance(packet, Packet) or not hasattr(packet, "declaration"):
@@ -310,20 +334,20 @@ class Parser:
             )
         if not declaration.may_travel(self._sends):
             raise self._refused(packet, f"it does not travel {self._sends.value}", "send_type_not_allowed")
-        encoders[type(packet)] = self._compile(packet)
+        encoders[type(packet)] = self._compile(declaration)
 
-    def _compile(self, packet: Packet) -> Callable[[Packet], Entry]:
+    def _compile(self, declaration: Declaration, *, owned: bool = False) -> Callable[[Any], Entry]:
         peer = self._peer or 0
         both = self._own & peer
         wide_ids = capabilities.has(both, Capability.IDS_64BITS)
-        return compile_encoder(packet.declaration, wide_ids, both, peer, self._sends, self._limits.max_bulk)
+        return compile_encoder(declaration, wide_ids, both, peer, self._sends, self._limits.max_bulk, owned=owned)
 
     def _queue_packet(self, packet: Packet) -> None:
         """Queue a packet of the parser's own: the peer waits for it, so no limit holds it back."""
-        self._queue.push_unlimited(self._compile(packet)(packet))
+        self._queue.push_unlimited(self._compile(packet.declaration)(packet))
 
     def _refused(self, packet: object, why: str, reason: str) -> LocalProtocolError:
-        packet_type = packet.packet_type if isinstance(packet, Packet) else None
+        packet_type: int | None = getattr(packet, "packet_type", None)
         name = type(packet).__name__ if packet_type is None else packet_name(packet_type)
         return LocalProtocolError(f"{name} cannot be sent: {why}", packet_type=packet_type, reason=reason)
 
@@ -339,6 +363,10 @@ class Parser:
     def has_data_to_write(self) -> int:
         """Packets queued, a partly written one included. Threads: any number of callers."""
         return len(self._queue)
+
+    def backlog_exceeds(self, packets: int, size: int) -> bool:
+        """Whether more than so many packets, or bytes, are queued. Threads: any number of callers."""
+        return self._queue.exceeds(packets, size)
 
     def buffered_output_size(self) -> int:
         """Bytes queued, a partly written packet counted whole. Threads: any number of callers."""

@@ -1,35 +1,36 @@
 """One libusb context: who runs its events, which descriptors to poll, and which device a completion is for.
 
-pyusb makes the context (an ``IBackend`` of its own); a :class:`Context` goes with each. Completions are never run
-inside libusb's callback: they are put into their device's list, and run when libusb has returned. So a completion may
-do anything, one that raises loses no other, and devices that share a context may live in different threads.
+pyusb makes the context (an ``IBackend`` of its own); a :class:`Context` goes with each. libusb's callback only puts
+the address of what has completed into a list, and is no Python code: an exception of a signal handler cannot get lost in it.
+When libusb has returned, :func:`deliver` hands the transfers to their devices. So a completion may do anything, one that
+raises loses no other, and devices that share a context may live in different threads.
 
 Two ways to run events: whoever calls :meth:`Context.handle_events` (with :meth:`Context.pollfds` one thread can poll a socket
 and libusb together), or a thread of the context's own, for systems whose libusb has no descriptors to poll.
 
-Order at exit: pyusb ends its contexts with an exit handler. Ending one under transfers in flight aborts the
-process, so :func:`close_everything` is registered later, and hence runs before.
+libusb's callbacks may run with libusb's locks held: they take no lock that is held around a call of libusb.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
+import logging
+import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..errors import DeviceError
 from . import _libusb
 from ._libusb import TimeVal
-from ._native import NativeTransfer
+from ._native import NativeTransfer, Owner
 
-if TYPE_CHECKING:
-    from .pyusb import LibusbDevice
+__all__ = ["COMPLETION_ADDRESS", "Context", "deliver", "is_in_flight"]
 
-__all__ = ["Context", "close_everything"]
+logger = logging.getLogger("usbredir.backends.pyusb")
 
 LONG = 3600.0
 """Seconds that one wait lasts at most."""
@@ -37,59 +38,92 @@ NOW = TimeVal(0, 0)
 
 _in_flight: dict[int, NativeTransfer] = {}
 """Submitted transfers by address: keeps structure, buffer and owner alive until libusb is done with them."""
+_landed: deque[int] = deque()
+"""Addresses of transfers that libusb is done with."""
 
-
-def _on_completion(address: int) -> None:
-    native = _in_flight.pop(address, None)
-    if native is not None and native.device is not None:
-        native.device._landed(native)
-
-
-# One for the process, never freed: libusb may call it as long as there are transfers.
-_completion = _libusb.TransferCallback(_on_completion)
+# Callbacks of the whole process, never freed: libusb may call them as long as there is a context. _landed.append is
+# called without running any Python code.
+_completion = _libusb.TransferCallback(_landed.append)
 COMPLETION_ADDRESS: int = ctypes.cast(_completion, ctypes.c_void_p).value or 0
+
+
+def deliver() -> None:
+    """Hand transfers that have completed to their devices. Threads: any."""
+    while _landed:
+        try:
+            address = _landed.popleft()
+        except IndexError:  # another thread took it
+            return
+        native = _in_flight.pop(address, None)
+        if native is not None and native.owner is not None:
+            native.owner.landed(native)
+
+
+def is_in_flight(native: NativeTransfer) -> bool:
+    """Whether libusb may still use the memory of *native*."""
+    return native.address in _in_flight
+
 
 _contexts: weakref.WeakKeyDictionary[Any, Context] = weakref.WeakKeyDictionary()
 _contexts_lock = threading.Lock()
+_by_address: weakref.WeakValueDictionary[int, Context] = weakref.WeakValueDictionary()
+"""For callbacks: contexts by libusb's address of them, which is their user data."""
 
 
 class Context:
-    """The context of a pyusb backend object. Get it with :meth:`of`. Threads: any."""
+    """The context of a pyusb backend object. Get it with :meth:`of`. Threads: any.
+
+    Attributes:
+        arrivals: devices that were plugged in since :meth:`watch`.
+    """
 
     def __init__(self, backend: Any) -> None:
         self.library = _libusb.load(backend.lib._name)
         self._address: int = backend.ctx.value
         self._lock = threading.RLock()
-        self.devices: weakref.WeakSet[LibusbDevice] = weakref.WeakSet()
         self.arrivals = 0
-        """Devices that were plugged in since :meth:`watch`."""
+        self._backend: Any = None  # while it has devices: it must not be collected before them
+        self._devices: dict[int, weakref.ref[Owner]] = {}
         self._fds: dict[int, int] = {}
-        self._owners: dict[int, weakref.ref[LibusbDevice]] = {}
-        self._opening: LibusbDevice | None = None
+        self._owners: dict[int, weakref.ref[Owner]] = {}
+        self._opening: tuple[int, Owner] | None = None
         self._thread: threading.Thread | None = None
         self._thread_users = 0
+        self._stop = ctypes.c_int(0)
         self._watch: int | None = None
         self._timeouts_have_descriptor = bool(self.library.libusb_pollfds_handle_timeouts(self._address))
-        # Kept here: libusb holds their addresses.
-        itself = weakref.ref(self)
-        self._added = _libusb.PollFdAdded(lambda fd, events, user: _with(itself, Context._fd_added, fd, events))
-        self._removed = _libusb.PollFdRemoved(lambda fd, user: _with(itself, Context._fd_removed, fd))
-        self._plugged = _libusb.HotplugCallback(
-            lambda context, device, event, user: _with(itself, Context._hotplug, device, event)
-        )
+        _by_address[self._address] = self
         self._read_pollfds()
-        self.library.libusb_set_pollfd_notifiers(self._address, self._added, self._removed, None)
-        # Runs when the backend goes, or before pyusb's own finalizer at exit; the callbacks must not outlive us.
-        self._finalizer = weakref.finalize(backend, _forget_notifiers, self.library, self._address, self._added)
+        self.library.libusb_set_pollfd_notifiers(self._address, _fd_added, _fd_removed, self._address)
 
     @classmethod
     def of(cls, backend: Any) -> Context:
-        """The context of a pyusb libusb1 backend."""
+        """The context of a pyusb libusb1 backend. Raises DeviceError when its libusb is too old."""
         with _contexts_lock:
             context = _contexts.get(backend)
             if context is None:
                 context = _contexts[backend] = cls(backend)
             return context
+
+    # ------------------------------------------------------------ devices
+
+    def attach(self, device: Owner, backend: Any) -> None:
+        """*device* is in use, and with it *backend*, whose context this is."""
+        with self._lock:
+            self._devices[id(device)] = weakref.ref(device)
+            self._backend = backend
+
+    def detach(self, device: Owner) -> None:
+        """*device* is closed."""
+        with self._lock:
+            self._devices.pop(id(device), None)
+            if not self._devices:
+                self._backend = None  # not the last reference: the device has one
+
+    def devices(self) -> list[Owner]:
+        """What is in use."""
+        found = [reference() for reference in list(self._devices.values())]
+        return [device for device in found if device is not None]
 
     # ------------------------------------------------------------ descriptors
 
@@ -103,24 +137,30 @@ class Context:
             index += 1
         self.library.libusb_free_pollfds(table)
 
-    def _fd_added(self, fd: int, events: int) -> None:
+    def fd_added(self, fd: int, events: int) -> None:
+        """libusb wants *fd* to be polled. In its callback."""
         self._fds[fd] = events
-        if self._opening is not None:
-            self._owners[fd] = weakref.ref(self._opening)
+        opening = self._opening
+        if opening is not None and opening[0] == threading.get_ident():
+            self.own(fd, opening[1])
 
-    def _fd_removed(self, fd: int) -> None:
-        """A device's descriptor goes when it is closed, and when libusb finds the device gone."""
+    def fd_removed(self, fd: int) -> None:
+        """A device's descriptor goes when it is closed, and when libusb finds the device gone. In libusb's callback."""
         self._fds.pop(fd, None)
         owner = self._owners.pop(fd, None)
         device = owner() if owner is not None else None
         if device is not None:
-            device._mark_lost()
+            device.mark_lost()
+
+    def own(self, fd: int, device: Owner) -> None:
+        """*fd* is the descriptor of *device*."""
+        self._owners[fd] = weakref.ref(device)
 
     @contextlib.contextmanager
-    def opening(self, device: LibusbDevice) -> Iterator[None]:
-        """What libusb opens meanwhile belongs to *device*."""
+    def opening(self, device: Owner) -> Iterator[None]:
+        """What this thread opens meanwhile belongs to *device*."""
         with self._lock:
-            self._opening = device
+            self._opening = threading.get_ident(), device
             try:
                 yield
             finally:
@@ -137,6 +177,8 @@ class Context:
 
     def next_timeout(self) -> float | None:
         """Seconds until libusb wants to run without a descriptor being ready; None: never."""
+        if _landed:  # completed while somebody else, such as a synchronous call of pyusb, ran events
+            return 0.0
         if self._timeouts_have_descriptor or self._thread is not None:
             return None
         wait = TimeVal()
@@ -146,15 +188,21 @@ class Context:
 
     # ------------------------------------------------------------ events
 
-    def handle_events(self, timeout: float | None, landed: ctypes.c_int) -> None:
-        """Let libusb work; it returns early once *landed* is set, after an event, or :meth:`interrupt`."""
+    def handle_events(self, timeout: float | None, signalled: ctypes.c_int) -> None:
+        """Let libusb work; it returns early when *signalled* is set, after an event, or :meth:`interrupt`.
+
+        *signalled* is set before :meth:`interrupt` is called: another thread may swallow the interruption, not the number.
+        """
         wait = NOW
-        if timeout != 0:
+        if timeout != 0 and not _landed:
             seconds = LONG if timeout is None else min(max(timeout, 0.0), LONG)
-            wait = TimeVal(int(seconds), int(seconds % 1 * 1e6))
-        code = self.library.libusb_handle_events_timeout_completed(
-            self._address, ctypes.byref(wait), ctypes.byref(landed)
-        )
+            wait = TimeVal(*divmod(math.ceil(seconds * 1e6), 1_000_000))
+        try:
+            code = self.library.libusb_handle_events_timeout_completed(
+                self._address, ctypes.byref(wait), ctypes.byref(signalled)
+            )
+        finally:
+            deliver()
         if code < 0 and code != _libusb.ERROR_INTERRUPTED:
             raise DeviceError(f"libusb cannot handle events: {self.describe(code)}")
 
@@ -180,7 +228,10 @@ class Context:
         with self._lock:
             self._thread_users += 1
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="usbredir-libusb", daemon=True)
+                self._stop = ctypes.c_int(0)
+                self._thread = threading.Thread(
+                    target=self._run, args=(self._stop,), name="usbredir-libusb", daemon=True
+                )
                 self._thread.start()
 
     def stop_thread(self) -> None:
@@ -190,13 +241,21 @@ class Context:
             if self._thread_users or self._thread is None:
                 return
             thread, self._thread = self._thread, None
+            self._stop.value = 1
         self.interrupt()
-        thread.join()
+        if thread is not threading.current_thread():  # where the collector may have found a device
+            thread.join()
+        for device in self.devices():  # whoever waited for the thread handles events itself from now on
+            device.signal()
 
-    def _run(self) -> None:
-        landed = ctypes.c_int(0)
-        while self._thread is threading.current_thread():
-            self.handle_events(None, landed)
+    def _run(self, stop: ctypes.c_int) -> None:
+        try:
+            while not stop.value:
+                self.handle_events(None, stop)
+        except DeviceError as error:
+            logger.error("%s", error)
+            for device in self.devices():
+                device.mark_lost()
 
     # ------------------------------------------------------------ hotplug
 
@@ -214,22 +273,22 @@ class Context:
                     anything,
                     anything,
                     anything,
-                    self._plugged,
-                    None,
+                    _plugged,
+                    self._address,
                     ctypes.byref(handle),
                 )
                 if code == 0:
                     self._watch = handle.value
             return self._watch is not None
 
-    def _hotplug(self, device: int, event: int) -> int:
+    def plugged(self, device: int, event: int) -> None:
+        """A device came or went. In libusb's callback."""
         if event == _libusb.HOTPLUG_ARRIVED:
             self.arrivals += 1
-        else:
-            for ours in list(self.devices):
-                if ours.is_libusb_device(device):
-                    ours._mark_lost()
-        return 0  # keep the registration
+            return
+        for ours in self.devices():
+            if ours.is_libusb_device(device):
+                ours.mark_lost()
 
     # ------------------------------------------------------------ transfers
 
@@ -243,28 +302,25 @@ class Context:
         return code
 
 
-def _with(reference: weakref.ref[Context], method: Callable[..., Any], *arguments: int) -> int:
-    context = reference()
-    if context is None:
-        return 0
-    result: int | None = method(context, *arguments)
-    return result or 0
+def _on_fd_added(fd: int, events: int, address: int) -> None:
+    context = _by_address.get(address)
+    if context is not None:
+        context.fd_added(fd, events)
 
 
-def _forget_notifiers(library: ctypes.CDLL, address: int, keep: object) -> None:
-    """The backend ends: libusb must not call objects that go with it."""
-    nothing = ctypes.cast(None, _libusb.PollFdAdded), ctypes.cast(None, _libusb.PollFdRemoved)
-    library.libusb_set_pollfd_notifiers(address, *nothing, None)
+def _on_fd_removed(fd: int, address: int) -> None:
+    context = _by_address.get(address)
+    if context is not None:
+        context.fd_removed(fd)
 
 
-def close_everything() -> None:
-    """Cancel and end what is open, in every context. Runs at exit, before pyusb ends the contexts."""
-    for context in list(_contexts.values()):
-        for device in list(context.devices):
-            device.close()
+def _on_plugged(_libusb_context: int, device: int, event: int, address: int) -> int:
+    context = _by_address.get(address)
+    if context is not None:
+        context.plugged(device, event)
+    return 0  # keep the registration
 
 
-def register_exit_handler() -> None:
-    """To be called after pyusb made a backend: exit handlers run in the opposite order."""
-    atexit.unregister(close_everything)
-    atexit.register(close_everything)
+_fd_added = _libusb.PollFdAdded(_on_fd_added)
+_fd_removed = _libusb.PollFdRemoved(_on_fd_removed)
+_plugged = _libusb.HotplugCallback(_on_plugged)

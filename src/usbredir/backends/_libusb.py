@@ -16,14 +16,14 @@ from ctypes import POINTER, c_char, c_int, c_long, c_short, c_ubyte, c_uint, c_v
 from functools import cache
 from typing import Any
 
+from ..errors import DeviceError
 from ..proto import Status, TransferType
 
 __all__ = [
-    "ERROR_ACCESS",
-    "ERROR_BUSY",
     "ERROR_INTERRUPTED",
     "ERROR_NO_DEVICE",
     "HEAD",
+    "InitOption",
     "NO_ISO_DATA",
     "RESULT",
     "TRANSFER_STATUS",
@@ -36,14 +36,9 @@ __all__ = [
 ]
 
 ERROR_INVALID_PARAM = -2
-ERROR_ACCESS = -3
 ERROR_NO_DEVICE = -4
-ERROR_NOT_FOUND = -5
-ERROR_BUSY = -6
 ERROR_TIMEOUT = -7
 ERROR_INTERRUPTED = -10
-ERROR_NO_MEM = -11
-ERROR_NOT_SUPPORTED = -12
 
 _ERROR_STATUS = {ERROR_INVALID_PARAM: Status.INVAL, ERROR_TIMEOUT: Status.TIMEOUT}
 
@@ -86,6 +81,7 @@ CAP_HAS_HOTPLUG = 1
 OPTION_NO_DEVICE_DISCOVERY = 2
 
 _FUNCTYPE: Any = getattr(ctypes, "WINFUNCTYPE", ctypes.CFUNCTYPE) if os.name == "nt" else ctypes.CFUNCTYPE
+_LIBRARY: Any = getattr(ctypes, "WinDLL", ctypes.CDLL) if os.name == "nt" else ctypes.CDLL
 TransferCallback = _FUNCTYPE(None, c_void_p)
 PollFdAdded = _FUNCTYPE(None, c_int, c_short, c_void_p)
 PollFdRemoved = _FUNCTYPE(None, c_int, c_void_p)
@@ -102,6 +98,12 @@ class TimeVal(ctypes.Structure):
     """struct timeval."""
 
     _fields_ = [("seconds", c_long), ("microseconds", c_long)]
+
+
+class InitOption(ctypes.Structure):
+    """struct libusb_init_option; the value is a union of an int and a pointer."""
+
+    _fields_ = [("option", c_int), ("value", c_void_p)]
 
 
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
@@ -125,27 +127,27 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
         c_int,
         [c_void_p, c_int, c_int, c_int, c_int, c_int, HotplugCallback, c_void_p, POINTER(c_int)],
     ),
-    "libusb_hotplug_deregister_callback": (None, [c_void_p, c_int]),
     "libusb_wrap_sys_device": (c_int, [c_void_p, c_void_p, POINTER(c_void_p)]),
     "libusb_get_device": (c_void_p, [c_void_p]),
-    "libusb_ref_device": (c_void_p, [c_void_p]),
-    "libusb_get_active_config_descriptor": (c_int, [c_void_p, POINTER(POINTER(c_ubyte))]),
-    "libusb_free_config_descriptor": (None, [c_void_p]),
+    "libusb_close": (None, [c_void_p]),
     "libusb_strerror": (ctypes.c_char_p, [c_int]),
-    "libusb_error_name": (ctypes.c_char_p, [c_int]),
+}
+_SINCE_1_0_27: dict[str, tuple[Any, list[Any]]] = {
+    "libusb_init_context": (c_int, [POINTER(c_void_p), POINTER(InitOption), c_int]),
 }
 
 
 @cache
 def load(path: str) -> ctypes.CDLL:
-    """The library at *path* with our prototypes. Raises OSError; AttributeError for a libusb before 1.0.26."""
-    library = ctypes.CDLL(path)
-    for name, (result, arguments) in _PROTOTYPES.items():
-        function = getattr(library, name)
-        function.restype = result
-        function.argtypes = arguments
-    # Variadic in C: prototypes would only describe the fixed part.
-    library.libusb_set_option.restype = c_int
+    """The library at *path* with our prototypes. Raises DeviceError for a libusb before 1.0.23."""
+    library: ctypes.CDLL = _LIBRARY(path)
+    for name, (result, arguments) in {**_PROTOTYPES, **_SINCE_1_0_27}.items():
+        function = getattr(library, name, None)
+        if function is not None:
+            function.restype = result
+            function.argtypes = arguments
+        elif name in _PROTOTYPES:
+            raise DeviceError(f"the libusb at {path} is too old: 1.0.23 is needed")
     return library
 
 

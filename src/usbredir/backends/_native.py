@@ -1,7 +1,8 @@
 """One libusb transfer with its buffer: filled, submitted, read and used again.
 
 A :class:`NativeTransfer` is C memory. It and its buffer are kept alive by the table of submitted transfers until the
-completion callback has come; then by a :class:`Pool`. A transfer that never comes back is leaked on purpose.
+completion callback has come; then by a :class:`Pool`. A transfer that never comes back is leaked on purpose. The C
+structure is freed by :meth:`Pool.close` and never by a destructor, which could run after libusb has ended.
 
 Source: libusb's struct libusb_transfer (``_libusb.HEAD``).
 """
@@ -11,26 +12,63 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
+import threading
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ..device import IsoResult, Transfer
 from ..proto import Status, TransferType
 from . import _libusb
 from ._libusb import HEAD, NO_ISO_DATA, RESULT, STATUS_OFFSET, TRANSFER_STATUS, TRANSFER_TYPE
 
-if TYPE_CHECKING:
-    from .pyusb import LibusbDevice
-
-__all__ = ["NativeTransfer", "Pool"]
+__all__ = ["NativeTransfer", "Owner", "Pool", "is_sound"]
 
 SETUP = struct.Struct("<BBHHH")
+SETUP_LIMITS = (0xFF, 0xFF, 0xFFFF, 0xFFFF)
 SMALLEST = 1024
 """Bytes of the smallest buffer; larger ones are powers of two."""
 MAX_POOLED = 64
 """Idle transfers that a device keeps per size."""
 MAX_POOLED_BYTES = 16 * 1024 * 1024
-"""Idle buffers that a device keeps, in bytes."""
+"""Idle buffers that a device keeps, in bytes, of all sizes together."""
+MAX_CONTROL = 0xFFFF
+"""Longest data stage of a control transfer, in bytes."""
+MAX_LENGTH = 1 << 30
+"""Longest transfer, in bytes; lengths are C integers."""
+MAX_TIMEOUT = 0xFFFFFFFF
+"""Longest timeout, in milliseconds."""
+
+
+class Owner(Protocol):
+    """A device, as its transfers and its context see it. Threads: any, inside libusb's callbacks too."""
+
+    def landed(self, native: NativeTransfer) -> None:
+        """libusb is done with a transfer."""
+
+    def mark_lost(self) -> None:
+        """The system says that the device is gone."""
+
+    def signal(self) -> None:
+        """Make a waiting handle_events look again."""
+
+    def is_libusb_device(self, address: int) -> bool:
+        """Whether libusb's device object at *address* is this one."""
+
+
+def is_sound(transfer: Transfer) -> bool:
+    """Whether a C library would stay inside the buffers, and every number fits its field."""
+    length, kind, out = transfer.length, transfer.kind, not transfer.endpoint & 0x80
+    if not 0 <= length <= (MAX_CONTROL if kind is TransferType.CONTROL else MAX_LENGTH):
+        return False
+    if kind not in TRANSFER_TYPE or not 0 <= transfer.endpoint <= 0xFF or not 0 <= transfer.stream_id <= 0xFFFFFFFF:
+        return False
+    if out and len(transfer.data) != length:
+        return False
+    if kind is TransferType.CONTROL:
+        return all(0 <= number <= limit for number, limit in zip(transfer.setup, SETUP_LIMITS, strict=True))
+    lengths = transfer.iso_lengths
+    return kind is not TransferType.ISO or (len(lengths) > 0 and min(lengths) >= 0 and sum(lengths) == length)
 
 
 @cache
@@ -44,7 +82,7 @@ class NativeTransfer:
 
     Attributes:
         address: of the C structure.
-        device: whose transfer it is at present.
+        owner: the device whose transfer it is at present.
         transfer: what it carries at present.
     """
 
@@ -57,7 +95,7 @@ class NativeTransfer:
         "buffer",
         "buffer_address",
         "capacity",
-        "device",
+        "owner",
         "packets",
         "transfer",
     )
@@ -75,18 +113,22 @@ class NativeTransfer:
         self._view = memoryview(self.buffer).cast("B")
         self._head = _libusb.bytes_at(address, HEAD.size)
         self._iso = _libusb.bytes_at(address + HEAD.size, _iso_layout(packets).size) if packets else memoryview(b"")
-        self.device: LibusbDevice | None = None
+        self.owner: Owner | None = None
         self.transfer: Transfer | None = None
 
     def fill(self, transfer: Transfer, handle: int, callback: int) -> None:
-        """Describe *transfer* to libusb. The buffer is large enough, see :meth:`Pool.take`."""
-        length = transfer.length
+        """Describe *transfer*, which is sound, to libusb. The buffer is large enough, see :meth:`Pool.take`."""
+        length, endpoint = transfer.length, transfer.endpoint
         if transfer.kind is TransferType.CONTROL:
             SETUP.pack_into(self._view, 0, *transfer.setup, length)
-            if not transfer.endpoint & 0x80:
+            if not endpoint & 0x80:
                 self._view[SETUP.size : SETUP.size + length] = transfer.data
+            elif not transfer.setup[0] & 0x80:
+                # A guest that contradicts itself: the device gets zeros, not what the buffer held before.
+                self._view[SETUP.size : SETUP.size + length] = bytes(length)
             length += SETUP.size
-        elif not transfer.endpoint & 0x80:
+            endpoint = 0  # the direction is the request's
+        elif not endpoint & 0x80:
             self._view[:length] = transfer.data
         kind = TRANSFER_TYPE[transfer.kind]
         if transfer.stream_id:
@@ -97,9 +139,9 @@ class NativeTransfer:
             0,
             handle,
             0,
-            transfer.endpoint,
+            endpoint,
             kind,
-            math.ceil(transfer.timeout * 1000),
+            min(max(math.ceil(transfer.timeout * 1000), 0), MAX_TIMEOUT),
             0,
             length,
             0,
@@ -146,36 +188,54 @@ class NativeTransfer:
 
 
 class Pool:
-    """Idle transfers of one device, by size. Threads: any (lists are appended and popped as one step)."""
+    """Idle transfers of one device, by size. Threads: any."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self._lock = threading.Lock()
         self._idle: dict[tuple[int, int], list[NativeTransfer]] = {}
+        self._bytes = 0
         self._closed = False
 
     def take(self, transfer: Transfer) -> NativeTransfer:
         """A native transfer with room for *transfer*."""
         size = transfer.length + (SETUP.size if transfer.kind is TransferType.CONTROL else 0)
         capacity = SMALLEST if size <= SMALLEST else 1 << (size - 1).bit_length()
-        packets = len(transfer.iso_lengths)
-        try:
-            return self._idle[capacity, packets].pop()
-        except (KeyError, IndexError):
-            return NativeTransfer(self._library, capacity, packets)
+        packets = len(transfer.iso_lengths) if transfer.kind is TransferType.ISO else 0
+        with self._lock:
+            idle = self._idle.get((capacity, packets))
+            if idle:
+                self._bytes -= capacity
+                return idle.pop()
+        return NativeTransfer(self._library, capacity, packets)
 
     def give(self, native: NativeTransfer) -> None:
         """Keep a native transfer for later, unless there are enough."""
-        native.transfer = None
-        key = native.capacity, native.packets
-        idle = self._idle.setdefault(key, [])
-        if self._closed or len(idle) >= MAX_POOLED or (len(idle) + 1) * native.capacity > MAX_POOLED_BYTES:
-            native.free()
-        else:
-            idle.append(native)
+        native.owner = native.transfer = None
+        with self._lock:
+            if self._bytes + native.capacity > MAX_POOLED_BYTES:
+                self._free_idle()  # sizes that were wanted once must not keep out those wanted now
+            idle = self._idle.setdefault((native.capacity, native.packets), [])
+            if self._closed or len(idle) >= MAX_POOLED or native.capacity > MAX_POOLED_BYTES:
+                native.free()
+            else:
+                idle.append(native)
+                self._bytes += native.capacity
 
     def close(self) -> None:
         """Free what is idle; what comes back later is freed then."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            self._free_idle()
+
+    def _free_idle(self) -> None:
         for idle in self._idle.values():
-            while idle:
-                idle.pop().free()
+            for native in idle:
+                native.free()
+        self._idle.clear()
+        self._bytes = 0
+
+    def sizes(self) -> Mapping[tuple[int, int], int]:
+        """How many are idle, by capacity and packets."""
+        with self._lock:
+            return {key: len(idle) for key, idle in self._idle.items() if idle}
