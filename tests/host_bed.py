@@ -105,6 +105,7 @@ class FakeDevice:
             0x0200, device_class, 0xDD, 0xEE, 64, vendor, product, 0x0102, 0, 0, 0, len(configurations)
         ).to_bytes()
         self.raw_configuration: bytes | None = None  # in place of the one of *configurations*
+        self.lost = False
         self.calls: list[Any] = []
         self.script: dict[str, Any] = {}
         self.in_flight: list[Transfer] = []

@@ -1,7 +1,7 @@
-"""The command: help, messages, exit codes; the demonstration and what it is made of.
+"""The command: help, dispatch, exit codes; the demonstration and what it is made of.
 
-Most tests call main() in this process, with the serving replaced where only its outcome matters; what concerns
-signals, standard streams and the whole program runs it as a process.
+``export`` and ``list`` have their own files. Most tests call main() in this process; what concerns standard streams and
+the whole program runs it as a process.
 """
 
 from __future__ import annotations
@@ -13,36 +13,26 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import libusb_package
 import pytest
-import usb.core
 
-from usbredir import __version__, _describe, cli, demo, transport
+from usbredir import __version__, _describe, _listing, cli, demo
 from usbredir._disk_client import DiskClient
+from usbredir._messages import Failure
 from usbredir.cli import ExitCode, main
 from usbredir.errors import (
-    DeviceClaimError,
     DeviceError,
-    DeviceLostError,
-    DeviceRejectedError,
-    RemoteProtocolError,
 )
 from usbredir.guest import Guest
 from usbredir.packets import DeviceConnect
-from usbredir.parser import LogLevel, escape
-from usbredir.proto import Speed, Status
+from usbredir.proto import Status
 from usbredir.testing import linked_pair
-from usbredir.transport import Connection, GuestConnection, connect, listen
 from usbredir.virtual import LoopbackDevice, MassStorage
 
-from .strategies import raw_packet
+from .test_export import Process, guest_at
 
 PATIENCE = 60.0
 """Seconds that a process may take to start, answer or end on a busy machine."""
@@ -52,7 +42,8 @@ COMMAND = [sys.executable, "-m", "usbredir"]
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
     """main() sets handlers: put back what was there."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -109,13 +100,18 @@ def test_help_of_export(run: Run) -> None:
     assert outcome.code == ExitCode.OK
     for word in (
         "--device",
-        "VID:PID|BUS-DEV",
+        "VID:PID",
+        "BUS-DEV",
         "--virtual",
         "--as",
         "--to",
         "-k",
         "-v",
         "--once",
+        "--wait",
+        "--filter",
+        "--log-format",
+        "--port",
         "disk:FILE",
         "unix:",
     ):
@@ -137,265 +133,57 @@ def test_version(run: Run) -> None:
     assert (outcome.code, outcome.out) == (ExitCode.OK, f"usbredir {__version__}\n")
 
 
-def test_exit_codes_are_documented() -> None:
-    """In the module's docstring, each with its number."""
-    assert cli.__doc__ is not None
-    numbers = set(map(int, re.findall(r"(?<![\w./])(\d)(?= [a-z])", cli.__doc__)))
-    assert numbers == set(ExitCode)
-    assert [code.value for code in ExitCode] == list(range(8))
+def test_exit_codes() -> None:
+    """Each situation has its own."""
+    assert [code.value for code in ExitCode] == list(range(14))
 
 
-# ================================================================ wrong usage and things that are not there
-
-LOOP = ("export", "--virtual", "loopback")
-HERE = ("--as", "127.0.0.1:0")
-
-USAGE: list[tuple[tuple[str, ...], str]] = [
-    ((), "COMMAND"),
-    (("nonsense",), "nonsense"),
-    (("export",), "--virtual"),
-    (("export", *HERE), "--virtual"),
-    (LOOP, "--as"),
-    ((*LOOP, *HERE, "--to", "127.0.0.1:1"), "not allowed with"),
-    ((*LOOP, "--device", "1-1", *HERE), "not allowed with"),
-    ((*LOOP, *HERE, "--speed", "warp"), "warp"),
-    ((*LOOP, *HERE, "-v", "loud"), "loud"),
-    ((*LOOP, *HERE, "surplus"), "surplus"),
-    ((*LOOP, "--as", "nonsense"), "HOST:PORT"),
-    ((*LOOP, "--to", "nonsense"), "HOST:PORT"),
-    ((*LOOP, "--as", "::1:4000"), "[::1]:4000"),
-    ((*LOOP, "--as", "unix:"), "unix:/run"),
-    ((*LOOP, "--as", "127.0.0.1:70000"), "65535"),
-    (("export", "--virtual", "toaster", *HERE), "disk:FILE"),
-    (("export", "--virtual", "disk", *HERE), "disk:FILE"),
-    (("export", "--virtual", "disk:", *HERE), "disk:FILE"),
-    (("export", "--virtual", "loopback:x", *HERE), "loopback"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "told"), USAGE, ids=[" ".join(row[0]) or "nothing" for row in USAGE])
-def test_wrong_usage(run: Run, arguments: tuple[str, ...], told: str) -> None:
+@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("list", "surplus"), ("demo", "--fast")])
+def test_wrong_usage(run: Run, arguments: tuple[str, ...]) -> None:
     """Exit code 2; the message on standard error tells what would be right."""
     outcome = run(*arguments)
     assert outcome.code == ExitCode.USAGE
-    assert "usbredir" in outcome.err
-    assert told in outcome.err
-    assert "Traceback" not in outcome.err
+    assert "usage: usbredir" in outcome.err
     assert not outcome.out
 
 
-def test_an_image_that_is_missing(run: Run, tmp_path: Path) -> None:
-    """Cause and remedy."""
-    path = tmp_path / "no such.img"
-    for option in (f"disk:{path}", f"disk:{path},ro"):
-        outcome = run("export", "--virtual", option, *HERE)
-        assert outcome.code == ExitCode.DEVICE
-        assert f"{path}: No such file" in outcome.err
-        assert f"truncate -s 64M {path}" in outcome.err
-        assert outcome.err.count("\n") == 1
+def test_commands_that_fail(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their message on one line, their code."""
+
+    def fail(options: object) -> int:
+        raise Failure(ExitCode.DEVICE, "no libusb\nhere")
+
+    monkeypatch.setattr(_listing, "list_devices", fail)
+    outcome = run("list")
+    assert (outcome.code, outcome.err) == (ExitCode.DEVICE, "usbredir: error: no libusb\\nhere\n")
 
 
-@pytest.mark.parametrize("content", [None, b""])
-def test_an_image_that_is_none(run: Run, tmp_path: Path, content: bytes | None) -> None:
-    """A directory, an empty file."""
-    path = tmp_path / "image"
-    path.mkdir() if content is None else path.write_bytes(content)
-    outcome = run("export", "--virtual", f"disk:{path}", *HERE)
-    assert outcome.code == ExitCode.DEVICE
-    assert str(path) in outcome.err
+def test_interrupted_while_it_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a command has its own handlers."""
 
+    def interrupt(options: object) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return 1
 
-def test_real_devices_are_not_in_this_version(run: Run) -> None:
-    outcome = run("export", "--device", "1-1", *HERE)
-    assert outcome.code == ExitCode.DEVICE
-    assert "--virtual" in outcome.err
-
-
-def test_a_port_in_use(run: Run) -> None:
-    with listen("127.0.0.1:0") as listener:
-        outcome = run(*LOOP, "--as", listener.address)
-        assert outcome.code == ExitCode.ADDRESS
-        assert str(listener.address) in outcome.err
-        assert "another port" in outcome.err
-
-
-def test_nobody_answers(run: Run) -> None:
-    with listen("127.0.0.1:0") as listener:
-        where = listener.address
-    outcome = run(*LOOP, "--to", where)
-    assert outcome.code == ExitCode.ADDRESS
-    assert "Connection refused" in outcome.err
-    assert "is the virtual machine listening there?" in outcome.err
-
-
-@pytest.mark.parametrize("option", ["--as", "--to"])
-def test_a_unix_socket_that_cannot_be_had(run: Run, tmp_path: Path, option: str) -> None:
-    outcome = run(*LOOP, option, f"unix:{tmp_path}/missing/usb.sock")
-    assert outcome.code == ExitCode.ADDRESS
-    assert "No such file" in outcome.err
-
-
-# ================================================================ how serving ends
+    monkeypatch.setattr(_listing, "list_devices", interrupt)
+    outcome = run("list")
+    assert (outcome.code, outcome.err) == (ExitCode.OK, "")
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("arguments", "expected"),
     [
-        (None, ExitCode.OK),
-        (ConnectionResetError(104, "Connection reset by peer"), ExitCode.OK),
-        (DeviceRejectedError("the guest refuses"), ExitCode.REJECTED),
-        (DeviceLostError("the device is lost"), ExitCode.LOST),
-        (DeviceClaimError("busy: close the other program"), ExitCode.DEVICE),
-        (DeviceError("its descriptors make no sense"), ExitCode.DEVICE),
-        (RemoteProtocolError("bad packet\x1b[31m"), ExitCode.PROTOCOL),
-        (KeyboardInterrupt(), ExitCode.OK),
+        (["list", "--filter", "-1,-1,-1,-1,0"], ["list", "--filter=-1,-1,-1,-1,0"]),
+        (["list", "--filter", "3,-1,-1,-1,0"], ["list", "--filter", "3,-1,-1,-1,0"]),
+        (["export", "--filter", "--once"], ["export", "--filter", "--once"]),
+        (["-1,0"], ["-1,0"]),
     ],
 )
-def test_exit_codes_of_serving(
-    run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, code: ExitCode
-) -> None:
-    """With --once it is that of the first guest; the reason is told, without control characters."""
-
-    def serve(*arguments: object, **options: object) -> None:
-        if error is not None:
-            raise error
-
-    monkeypatch.setattr(transport, "serve", serve)
-    with listen("127.0.0.1:0") as listener:
-        outcome = run(*LOOP, "--to", listener.address, "--once")
-    assert outcome.code == code
-    lines = outcome.err.splitlines()
-    assert lines[0] == f"usbredir: connected to {listener.address}"
-    assert all(line.startswith("usbredir: ") and line.isprintable() for line in lines)
-    if error is not None and not isinstance(error, KeyboardInterrupt):
-        assert escape(str(error).partition("] ")[2] or str(error)) in lines[-1]
-
-
-def test_options_reach_the_device_and_the_connection(run: Run, monkeypatch: pytest.MonkeyPatch, image: Path) -> None:
-    seen: list[Any] = []
-
-    def serve(connection: Connection, device: Any, **options: Any) -> None:
-        seen.extend((connection, device, options))
-        for level in LogLevel:
-            options["log"](level, f"level {level:d}")
-
-    monkeypatch.setattr(transport, "serve", serve)
-    kept_alive: list[Connection] = []
-    monkeypatch.setattr(Connection, "keep_alive", lambda connection: kept_alive.append(connection))
-    content = image.read_bytes()
-    with listen("127.0.0.1:0") as listener:
-        outcome = run(
-            *("export", "--virtual", f"disk:{image},ro", "--speed", "super", "--to", listener.address),
-            *("--once", "-k", "-v", "3"),
-        )
-    assert outcome.code == ExitCode.OK
-    connection, device, _ = seen
-    assert isinstance(device, MassStorage)
-    assert device.speed is Speed.SUPER
-    assert kept_alive == [connection]
-    assert [number for number in range(6) if f"level {number}" in outcome.err] == [0, 1, 2, 3]
-    assert connection.fileno() == -1, "the connection is closed"
-    assert not device.pollfds(), "the device is closed"
-    assert image.read_bytes() == content
-
-
-def test_connecting_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the guest has left; with waits that double, until somebody answers again."""
-    where = ""
-    waits: list[float] = []
-    served = 0
-    listener = listen("127.0.0.1:0")
-    where = str(listener.address)
-
-    def serve(*arguments: object, **options: object) -> None:
-        nonlocal served
-        served += 1
-        listener.close()
-        if served == 2:
-            raise KeyboardInterrupt
-
-    def sleep(seconds: float) -> None:
-        nonlocal listener
-        waits.append(seconds)
-        if len(waits) == 7:
-            listener = listen(where)
-
-    monkeypatch.setattr(transport, "serve", serve)
-    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=sleep))
-    outcome = run(*LOOP, "--to", where)
-    listener.close()
-    assert outcome.code == ExitCode.OK
-    assert served == 2
-    for wait, least in zip(waits, [0.5, 1, 2, 4, 8, 10, 10], strict=True):
-        assert least <= wait <= least * 1.25
-
-
-def test_serving_a_guest_that_waits(run: Run) -> None:
-    """--to with a real guest, which leaves."""
-    results: list[object] = []
-    with listen("127.0.0.1:0") as listener:
-
-        def use() -> None:
-            connection = listener.accept(PATIENCE)
-            assert connection is not None
-            with connection, Guest(GuestConnection(connection)) as guest:
-                guest.wait_for_device(PATIENCE)
-                results.append(guest.bulk_out(0x02, b"x", timeout=PATIENCE).status)
-
-        thread = threading.Thread(target=use)
-        thread.start()
-        outcome = run(*LOOP, "--to", listener.address, "--once")
-        thread.join(PATIENCE)
-    assert outcome.code == ExitCode.OK
-    assert results == [Status.SUCCESS]
-    assert "guest left" in outcome.err
+def test_values_that_begin_with_a_minus(arguments: list[str], expected: list[str]) -> None:
+    assert cli.joined(arguments) == expected
 
 
 # ================================================================ as a process
-
-
-class Exporter:
-    """A running ``usbredir export``; ended by the end of the with block."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [*COMMAND, "export", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[str] = []
-
-    def __enter__(self) -> Exporter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def line_with(self, text: str) -> str:
-        """The next line of standard error that contains *text*; the process may write others before."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if text in line:
-                return line
-        raise AssertionError(f"no line with {text!r} in {self.lines}")
-
-    def address(self) -> str:
-        return self.line_with("listening on").split()[-1]
-
-    def end(self) -> int:
-        """Wait for the end: the exit code."""
-        _, err = self.process.communicate(timeout=PATIENCE)
-        self.lines += err.splitlines(keepends=True)
-        return self.process.returncode
-
-
-def guest_at(address: str) -> tuple[Connection, Guest]:
-    connection = connect(address, PATIENCE)
-    return connection, Guest(GuestConnection(connection))
 
 
 def test_a_killed_exporter_loses_nothing_that_was_synced(image: Path) -> None:
@@ -410,7 +198,7 @@ def test_a_killed_exporter_loses_nothing_that_was_synced(image: Path) -> None:
             assert guest.bulk_out(0x02, piece, timeout=PATIENCE).status == Status.SUCCESS
         assert bytes(guest.bulk_in(0x81, 13, timeout=PATIENCE).data)[12] == 0
 
-    with Exporter("--virtual", f"disk:{image}", "--as", "127.0.0.1:0") as exporter:
+    with Process("--virtual", f"disk:{image}", "--as", "127.0.0.1:0") as exporter:
         connection, guest = guest_at(exporter.address())
         with connection, guest:
             guest.wait_for_device(PATIENCE)
@@ -421,88 +209,13 @@ def test_a_killed_exporter_loses_nothing_that_was_synced(image: Path) -> None:
             exporter.process.wait(PATIENCE)
     assert image.read_bytes()[3 * 512 : 4 * 512] == block
     assert image.stat().st_size == size
-    with Exporter("--virtual", f"disk:{image}", "--as", "127.0.0.1:0") as exporter:
+    with Process("--virtual", f"disk:{image}", "--as", "127.0.0.1:0") as exporter:
         connection, guest = guest_at(exporter.address())
         with connection, guest:
             guest.wait_for_device(PATIENCE)
             disk = DiskClient(guest)
             disk.test_unit_ready()
             assert disk.read_blocks(3, 1) == block
-
-
-def test_once(image: Path) -> None:
-    """A guest reads the disk over TCP; the process ends when it has left."""
-    with Exporter("--virtual", f"disk:{image}", "--as", "127.0.0.1:0", "--once") as exporter:
-        connection, guest = guest_at(exporter.address())
-        with connection, guest:
-            guest.wait_for_device(PATIENCE)
-            disk = DiskClient(guest)
-            disk.test_unit_ready()
-            assert disk.read(0, 512) == image.read_bytes()[:512]
-        assert exporter.end() == ExitCode.OK
-    text = "".join(exporter.lines)
-    assert "guest connected from 127.0.0.1:" in text
-    assert "guest left" in text
-    assert "Traceback" not in text
-
-
-def test_one_guest_after_the_other_and_one_at_a_time() -> None:
-    """Without --once; a second guest is turned away, with a message."""
-    with Exporter("--virtual", "loopback", "--as", "127.0.0.1:0") as exporter:
-        address = exporter.address()
-        for _ in range(2):
-            connection, guest = guest_at(address)
-            with connection, guest:
-                guest.wait_for_device(PATIENCE)
-                second = connect(address, PATIENCE)
-                assert transport.poll([(second.fileno(), 1)], PATIENCE)
-                assert second.read(1) == b""
-                second.close()
-                exporter.line_with("turned away")
-                assert guest.bulk_out(0x02, b"x", timeout=PATIENCE).status == Status.SUCCESS
-            exporter.line_with("guest left")
-        exporter.process.send_signal(signal.SIGTERM)
-        assert exporter.end() == ExitCode.OK
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("serving", [False, True], ids=["while it waits", "while it serves"])
-def test_ended_by_a_signal(number: signal.Signals, serving: bool, tmp_path: Path) -> None:
-    """Exit code 0, no traceback; the Unix socket is removed; the guest sees the end of the connection."""
-    path = tmp_path / "usb.sock"
-    with Exporter("--virtual", "loopback", "--as", f"unix:{path}") as exporter:
-        assert exporter.address() == f"unix:{path}"
-        if serving:
-            connection, guest = guest_at(f"unix:{path}")
-            guest.wait_for_device(PATIENCE)
-        exporter.process.send_signal(number)
-        assert exporter.end() == ExitCode.OK
-        assert "Traceback" not in "".join(exporter.lines)
-        assert not path.exists()
-        if serving:
-            assert transport.poll([(connection.fileno(), 1)], PATIENCE)
-            while connection.read(1 << 16):
-                pass
-            connection.close()
-            guest.close()
-
-
-@pytest.mark.parametrize(
-    ("act", "code"),
-    [
-        (lambda connection, guest: guest.reject(), ExitCode.REJECTED),
-        (lambda connection, guest: connection.write(memoryview(raw_packet(99))), ExitCode.PROTOCOL),
-    ],
-    ids=["refuses", "breaks the protocol"],
-)
-def test_guests_that_end_it(act: Callable[[Connection, Guest], object], code: ExitCode) -> None:
-    with Exporter("--virtual", "loopback", "--as", "127.0.0.1:0", "--once") as exporter:
-        connection, guest = guest_at(exporter.address())
-        with connection, guest:
-            guest.wait_for_device(PATIENCE)
-            act(connection, guest)
-            assert exporter.end() == code
-    assert exporter.lines[-1].startswith("usbredir: ")
 
 
 def test_demo_as_a_process() -> None:
@@ -529,13 +242,6 @@ def test_demo_as_a_process() -> None:
     assert spent < 15
 
 
-def test_list_as_a_process() -> None:
-    finished = subprocess.run([*COMMAND, "list"], capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert finished.returncode == ExitCode.OK, finished.stderr
-    assert finished.stdout.splitlines()[0].split() == ["bus-dev", "ids", "speed", "class"]
-    assert "virtual: disk:FILE  loopback" in finished.stdout
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a closed pipe is another error there")
 def test_output_that_nobody_reads() -> None:
     """``usbredir --help | head -1``: no traceback."""
@@ -549,45 +255,6 @@ def test_output_that_nobody_reads() -> None:
     )
     assert finished.stdout.startswith("usage: usbredir")
     assert "Traceback" not in finished.stderr
-
-
-# ================================================================ list
-
-
-def found(*devices: tuple[int, int, int, int, int | None, int]) -> Callable[..., Any]:
-    """Stands in for usb.core.find."""
-    names = ("bus", "address", "idVendor", "idProduct", "speed", "bDeviceClass")
-    return lambda **_: iter([SimpleNamespace(**dict(zip(names, device, strict=True))) for device in devices])
-
-
-def test_list_of_real_devices(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sorted; speeds and classes by name, also unknown ones."""
-    monkeypatch.setattr(libusb_package, "get_libusb1_backend", lambda: object())
-    monkeypatch.setattr(
-        usb.core,
-        "find",
-        found((2, 1, 0x1D6B, 3, 4, 9), (1, 12, 0x46D, 0xC31C, 1, 0), (1, 2, 0xABCD, 0xEF01, None, 0x77)),
-    )
-    outcome = run("list")
-    assert outcome.code == ExitCode.OK
-    assert outcome.out.splitlines()[1:4] == [
-        "1-2      abcd:ef01  unknown                  by interface",
-        "1-12     046d:c31c  low speed (1.5 Mbit/s)   by interface",
-        "2-1      1d6b:0003  super speed (5 Gbit/s)   hub",
-    ]
-
-
-def test_list_without_devices(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libusb_package, "get_libusb1_backend", lambda: object())
-    monkeypatch.setattr(usb.core, "find", found())
-    assert "(no real devices)" in run("list").out
-
-
-def test_list_without_libusb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libusb_package, "get_libusb1_backend", lambda: None)
-    outcome = run("list")
-    assert outcome.code == ExitCode.DEVICE
-    assert "libusb-package" in outcome.err
 
 
 # ================================================================ what the demonstration is made of

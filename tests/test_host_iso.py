@@ -803,10 +803,10 @@ def test_a_ring_that_is_started_again_is_empty(bed: Bed, device: FakeDevice) -> 
 
 
 def test_reset(bed: Bed, device: FakeDevice) -> None:
-    """stall with id 0 for each stream, so that the guest starts it again; a ring without transfers in flight too."""
+    """stall with id 0 for each stream, by endpoint, so that the guest starts it again; an empty ring too."""
     started(bed, ISO_IN)
     started(bed, ISO_OUT)
-    assert bed.ask(Reset()) == [status(ISO_IN, Status.STALL, 0), status(ISO_OUT, Status.STALL, 0)]
+    assert bed.ask(Reset()) == [status(ISO_OUT, Status.STALL, 0), status(ISO_IN, Status.STALL, 0)]
     assert device.in_flight == []
     assert device.calls[-1] == ("reset",)
     assert bed.ask(out(1)) == [status(ISO_OUT, Status.INVAL, 1)]

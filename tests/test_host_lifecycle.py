@@ -714,7 +714,7 @@ def test_a_configuration_that_loses_the_device(
         bed.run()
     assert bed.news() == [
         DeviceDisconnect(),
-        ConfigurationStatus(id=5, status=Status.IOERROR, configuration=1),
+        ConfigurationStatus(id=5, status=Status.IOERROR, configuration=0),
         BulkPacket(id=6, endpoint=BULK_IN, status=Status.IOERROR),
     ]
     assert bed.run() == []
@@ -1062,3 +1062,20 @@ def test_reset_of_the_endpoint_out_of_use(bed: Bed) -> None:
     bed.news()
     assert bed.ask(StartInterruptReceiving(id=1, endpoint=ALTERNATE_INTERRUPT_IN)) == []
     assert bed.ask(BulkPacket(id=2, endpoint=BULK_OUT, data=b"x")) == []
+
+
+def test_a_reset_after_a_cleared_halt(bed: Bed, device: FakeDevice) -> None:
+    """Clearing a halt is a use of the device: the reset that follows is not skipped."""
+    bed.ask(ControlPacket(id=1, endpoint=0, requesttype=2, request=1, value=0, index=BULK_IN))
+    bed.ask(Reset())
+    assert device.calls[-1] == ("reset",)
+    resets = len(device.done("reset"))
+    bed.ask(Reset())
+    assert len(device.done("reset")) == resets
+
+
+def test_cancelled_transfers_answer_in_order(bed: Bed, device: FakeDevice) -> None:
+    """A reset cancels what is in flight in the order of submission."""
+    numbers = list(range(1, 20))
+    bed.ask(*map(bulk_in, numbers))
+    assert [answer.id for answer in bed.ask(Reset())] == numbers

@@ -5,6 +5,7 @@ The only waiting is for sockets and threads, with PATIENCE as its end.
 
 from __future__ import annotations
 
+import select
 import socket
 import stat
 import struct
@@ -30,15 +31,19 @@ from usbredir.proto import Status
 from usbredir.transport import (
     Address,
     Connection,
+    Connector,
     GuestConnection,
     HostConnection,
     Listener,
+    Poller,
+    Session,
     _poll_with_select,
     connect,
     listen,
     parse_address,
     poll,
     serve,
+    turn_away,
 )
 from usbredir.virtual import LoopbackDevice
 
@@ -254,6 +259,121 @@ def test_ipv6() -> None:
             assert far.name.startswith("[::1]:")
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="no such options here")
+def test_how_a_dead_peer_is_found() -> None:
+    """Probes when it is silent; a limit for what it does not confirm, only when one is wanted."""
+    with listen("127.0.0.1:0") as listener:
+        near, far = joined(listener)
+        with near, far:
+            near.keep_alive(idle=7)
+            far.keep_alive(unanswered=2.5)
+            options = [getattr(socket, f"TCP_{name}") for name in ("KEEPIDLE", "KEEPINTVL", "KEEPCNT", "USER_TIMEOUT")]
+            assert [socket_option(near, socket.IPPROTO_TCP, option) for option in options] == [7, 10, 3, 0]
+            assert [socket_option(far, socket.IPPROTO_TCP, option) for option in options] == [30, 10, 3, 2500]
+
+
+@unix_sockets
+def test_unix_sockets_need_no_keep_alive(tmp_path: Path) -> None:
+    with listen(f"unix:{tmp_path}/usb.sock") as listener:
+        near, far = joined(listener)
+        with near, far:
+            near.keep_alive(unanswered=1)
+            assert not socket_option(near, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_systems_with_few_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SO_KEEPALIVE alone, with the system's own times."""
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"):
+        monkeypatch.delattr(socket, name, raising=False)
+    with listen("127.0.0.1:0") as listener:
+        near, far = joined(listener)
+        with near, far:
+            near.keep_alive(unanswered=1)
+            assert socket_option(near, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_whether_the_peer_has_left(ends: tuple[Connection, Connection]) -> None:
+    """Seen without reading; unread data comes before the end."""
+    near, far = ends
+    assert not far.at_end()
+    near.write(memoryview(b"last"))
+    near.close()
+    wait_for(far)
+    assert not far.at_end()
+    assert far.read(10) == b"last"
+    wait_for(far)
+    assert far.at_end()
+
+
+def test_a_reset_is_an_end() -> None:
+    with listen("127.0.0.1:0") as listener:
+        near, far = joined(listener)
+        near._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        near.close()
+        wait_for(far)
+        assert far.at_end()
+        far.close()
+
+
+# ================================================================ connecting without waiting
+
+
+def finished(connector: Connector) -> Connection:
+    """Poll as its description says."""
+    while (connection := connector.finish()) is None:
+        assert poll([(connector.fileno(), POLLOUT)], PATIENCE)
+    return connection
+
+
+def test_connecting_without_waiting(address: str) -> None:
+    with listen(address) as listener, finished(Connector(str(listener.address))) as near:
+        far = listener.accept(PATIENCE)
+        assert far is not None
+        with far:
+            assert near.name == str(listener.address)
+            near.write(memoryview(b"there"))
+            assert read_all(far, 5) == b"there"
+
+
+def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that refuses, one that cannot be tried at all, one that answers."""
+    with listen("127.0.0.1:0") as listener, listen("127.0.0.1:0") as closed:
+        refusing = ("127.0.0.1", closed.address.port)
+        closed.close()
+        there = ("127.0.0.1", listener.address.port)
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", where) for where in (refusing, ("no address", 1), there)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: found)
+        with finished(Connector("name:1")):
+            far = listener.accept(PATIENCE)
+            assert far is not None
+            far.close()
+        found = found[:1]
+        with pytest.raises(ConnectionRefusedError):
+            finished(Connector("name:1"))
+
+
+def test_giving_up(address: str) -> None:
+    with listen(address) as listener:
+        connector = Connector(str(listener.address))
+        connector.close()
+        assert connector.fileno() == -1
+
+
+def test_connecting_takes_too_long() -> None:
+    """Nobody accepts, nobody refuses."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:  # as many as fit, and more
+            one.setblocking(False)
+            one.connect_ex(server.getsockname())
+        with pytest.raises(TimeoutError, match=r"no answer within 0\.01 seconds"):
+            connect("{}:{}".format(*server.getsockname()), 0.01)
+        for one in waiting:
+            one.close()
+
+
 # ================================================================ listening
 
 
@@ -376,6 +496,28 @@ def test_polling(function: Callable[..., dict[int, int]], ends: tuple[Connection
     wait_for(far)
     assert function([(far.fileno(), both)], None) == {far.fileno(): both}
     assert function([], 0.001) == {}
+
+
+def test_a_poller_follows_what_is_wanted(ends: tuple[Connection, Connection]) -> None:
+    """Descriptors that come and go, other events of the same one, one that is wanted twice."""
+    near, far = ends
+    poller = Poller()
+    n, f = near.fileno(), far.fileno()
+    assert poller.wait([(n, POLLOUT)], PATIENCE) == {n: POLLOUT}
+    assert poller.wait([(n, POLLIN), (f, POLLOUT)], PATIENCE) == {f: POLLOUT}
+    near.write(memoryview(b"x"))
+    wait_for(far)
+    assert poller.wait([(f, POLLIN)], PATIENCE) == {f: POLLIN}
+    assert poller.wait([(f, POLLIN), (f, POLLOUT)], PATIENCE) == {f: POLLIN | POLLOUT}
+    assert poller.wait([(n, POLLIN)], 0) == {}
+    assert poller.wait([], 0.001) == {}
+    assert poller.wait([(f, POLLIN)], None) == {f: POLLIN}
+
+
+def test_systems_without_poll(ends: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch) -> None:
+    near, _ = ends
+    monkeypatch.delattr(select, "poll", raising=False)
+    assert Poller().wait([(near.fileno(), POLLOUT)], PATIENCE) == {near.fileno(): POLLOUT}
 
 
 # ================================================================ serving
@@ -551,6 +693,52 @@ def test_a_device_that_is_lost(listener: Listener, device: LoopbackDevice) -> No
         guest.wait_for_disconnect(PATIENCE)
     outcome = server.ended()
     assert outcome is None or isinstance(outcome, DeviceLostError)
+
+
+def test_another_guest_is_turned_away_with_a_message(listener: Listener) -> None:
+    messages: list[str] = []
+    turn_away(listener, lambda level, message: messages.append(message))
+    assert not messages
+    with connect(str(listener.address), PATIENCE) as near:
+        assert poll([(listener.fileno(), POLLIN)], PATIENCE)
+        turn_away(listener, lambda level, message: messages.append(message))
+        wait_for(near)
+        assert near.read(1) == b""
+    assert len(messages) == 1
+    assert "one at a time" in messages[0]
+
+
+def test_a_session_step_by_step(ends: tuple[Connection, Connection], device: LoopbackDevice) -> None:
+    """Without a device at first; what it waits for follows its state."""
+    near, far = ends
+    session = Session(far, None, version="step by step")
+    poller = Poller()
+
+    class End(GuestConnection):
+        def wait(self, timeout: float | None, *, writing: bool) -> None:
+            own = (near.fileno(), POLLIN | (POLLOUT if writing else 0))
+            session.step(poller.wait([*session.wanted(), own], session.timeout() or 0.01))
+
+    assert session.wanted() == [(far.fileno(), POLLIN | POLLOUT)], "the hello waits"
+    assert session.timeout() is None
+    end = End(near)
+    with Guest(end) as guest:
+        while not guest.host_version:
+            guest.process()
+            end.wait(PATIENCE, writing=False)
+        assert guest.host_version == "step by step"
+        assert guest.device is None
+        assert session.wanted() == [(far.fileno(), POLLIN)]
+        session.host.set_device(device)
+        assert {fd for fd, _ in session.wanted()} == {far.fileno(), *(fd for fd, _ in device.pollfds())}
+        guest.wait_for_device(PATIENCE)
+        assert guest.bulk_out(0x01, b"x", timeout=PATIENCE).status == Status.SUCCESS
+        near.close()
+        wait_for(far)
+        with pytest.raises(ConnectionClosed):
+            session.step({far.fileno(): POLLIN})
+    session.close()
+    session.close()
 
 
 def test_serving_can_be_stopped(listener: Listener, device: LoopbackDevice) -> None:

@@ -129,6 +129,7 @@ class IsoSending(Stream):
         self._free.append(transfer)
         if len(self._free) == len(self.transfers):
             self._sending = False
+            self._to_drop = 0
             self._begin_transfer()
 
 

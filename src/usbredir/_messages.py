@@ -1,6 +1,6 @@
 """What the command tells its user: status lines, log messages and errors, as text or as one JSON object a line.
 
-Everything goes to stderr. Text that came from a guest or a device is escaped by who puts it into a message.
+Everything goes to stderr, escaped: messages carry texts of guests and devices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 
 from .exporter import Event, Report
-from .parser import LogLevel
+from .parser import LogLevel, escape
 
 __all__ = ["ExitCode", "Failure", "Messages"]
 
@@ -95,6 +95,7 @@ class Messages(logging.Handler):
             self._write(Event.LOG.value, level, record.getMessage())
 
     def _write(self, event: str, level: LogLevel, message: str, device: str = "", **fields: object) -> None:
+        message, device = escape(message), escape(device)  # whoever it comes from: one line, nothing that a terminal obeys
         if self._json:
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             about = {"device": device} if device else {}

@@ -60,7 +60,7 @@ class StreamHost(ABC):
     _parser: Parser
     _device: UsbDevice | None
     _layout: DeviceLayout | None
-    _flying: set[Transfer]
+    _flying: dict[Transfer, None]
     _freshly_reset: bool
 
     def __init__(self) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__, _export, _listing
 from ._messages import ExitCode, Failure, Messages
 
-__all__ = ["ExitCode", "main"]
+__all__ = ["ExitCode", "joined", "main"]
 
 DESCRIPTION = "Redirect USB devices over a network connection to virtual machines (QEMU, SPICE, KubeVirt)."
 EPILOG = """\
@@ -29,7 +30,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with *arguments* (default: the process's); returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(joined(sys.argv[1:] if arguments is None else arguments))
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     if hasattr(signal, "SIGHUP"):
@@ -42,6 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Messages().failure(failure)
         code = failure.code
     return code
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """``--filter -1,...`` as ``--filter=-1,...``: argparse takes a value that begins with "-" for an option."""
+    result: list[str] = []
+    for argument in arguments:
+        if result and result[-1] == "--filter" and argument.startswith("-1"):
+            result[-1] = f"--filter={argument}"
+        else:
+            result.append(argument)
+    return result
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

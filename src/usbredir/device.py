@@ -129,6 +129,11 @@ class UsbDevice(Protocol):
         """The active configuration's descriptor with all that follows it, or None when unconfigured."""
         ...
 
+    @property
+    def lost(self) -> bool:
+        """The device is gone; nothing will work any more."""
+        ...
+
     def claim(self) -> None:
         """Take all interfaces of the active configuration, displacing kernel drivers.
 

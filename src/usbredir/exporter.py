@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -30,7 +31,18 @@ from .filter import FilterResult, FilterRule
 from .host import check_device_filter
 from .limits import Limits
 from .parser import VERSION, LogLevel, escape
-from .transport import POLLIN, POLLOUT, Connection, Connector, Listener, Poller, Session, listen, turn_away
+from .transport import (
+    POLLIN,
+    POLLOUT,
+    Connection,
+    Connector,
+    Listener,
+    Poller,
+    Session,
+    listen,
+    parse_address,
+    turn_away,
+)
 
 __all__ = [
     "Connecting",
@@ -159,9 +171,9 @@ class Listening:
             report(Event.CONNECTED, LogLevel.INFO, f"guest connected from {connection.name}")
         return connection
 
-    def step_while_busy(self, ready: Mapping[int, int], log: Callable[[LogLevel, str], None]) -> None:
-        """Others are turned away."""
-        if self._listener.fileno() in ready:
+    def step_while_busy(self, ready: Mapping[int, int], session: Session, log: Callable[[LogLevel, str], None]) -> None:
+        """Others are turned away, unless the guest has just left: the next one may be there in the same round."""
+        if self._listener.fileno() in ready and not session.connection.at_end():
             turn_away(self._listener, log)
 
     def left(self) -> None:
@@ -175,7 +187,7 @@ class Listening:
 class Connecting:
     """We go to the guest, again after it has left or when it is not there, less and less often.
 
-    Raises ValueError for the form of *address*, OSError when the name cannot be looked up.
+    Raises ValueError for the form of *address*.
     """
 
     def __init__(
@@ -185,7 +197,7 @@ class Connecting:
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = lambda: random.uniform(1.0, 1.25),
     ) -> None:
-        self.address = address
+        self.address = str(parse_address(address))
         self._clock = clock
         self._jitter = jitter
         self._wait = RETRY_FIRST
@@ -250,7 +262,7 @@ class Connecting:
         self._due = self._clock() + self._wait * self._jitter()
         self._wait = min(2 * self._wait, RETRY_LONGEST)
 
-    def step_while_busy(self, ready: Mapping[int, int], log: Callable[[LogLevel, str], None]) -> None:
+    def step_while_busy(self, ready: Mapping[int, int], session: Session, log: Callable[[LogLevel, str], None]) -> None:
         """Nobody else can come."""
 
     def left(self) -> None:
@@ -390,7 +402,7 @@ class Exporter:
         except OSError as error:
             self._guest_left(None, Event.BROKEN, f"connection lost: {error.strerror or error}")
         else:
-            self._peer.step_while_busy(ready, self._log)
+            self._peer.step_while_busy(ready, session, self._log)
 
     def _check_guest_filter(self, session: Session) -> None:
         """The guest may tell which devices it allows; ours goes when it is not among them."""
@@ -494,6 +506,7 @@ class Exporter:
                 # Just plugged in, perhaps, and its file not yet ours: told once, tried again.
                 self._report(Event.WAITING_FOR_DEVICE, LogLevel.WARNING, escape(str(error)))
             self._look_later(error)
+            _clear_frames(error)
             return
         self._report(Event.DEVICE_BACK, LogLevel.INFO, "the device is there")
         if self._session is not None and self._device is not None:
@@ -515,6 +528,13 @@ class Exporter:
 
     def _log(self, level: LogLevel, message: str) -> None:
         self._report(Event.LOG, level, message)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """The frames that an error came through hold what was tried, and with that descriptors, until some collection."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def run(exporters: Sequence[Exporter], *, stop_fd: int | None = None) -> None:

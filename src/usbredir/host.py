@@ -154,7 +154,7 @@ class Host(StreamHost):
         self._freshly_reset = False
         self._error: DeviceError | None = None  # for the next attempt to read
         self._flush_due = False
-        self._flying: set[Transfer] = set()  # everything submitted and not completed
+        self._flying: dict[Transfer, None] = {}  # everything submitted and not completed, in order
         self._flying_bytes = 0
         self._requests: dict[int, list[Transfer]] = {}  # single transfers by packet id, those not cancelled
         self._handlers: dict[type[Packet], Callable[[Any], None]] = {
@@ -467,7 +467,7 @@ class Host(StreamHost):
             status = Status.IOERROR
         elif packet.configuration != present:
             status = self._change_configuration(packet.configuration)
-            present = self._layout.configuration.value if self._layout else present
+            present = self._layout.configuration.value if self._layout and self._connected else 0
         self._send(ConfigurationStatus(id=packet.id, status=status, configuration=present))
 
     def _change_configuration(self, value: int) -> int:
@@ -536,7 +536,7 @@ class Host(StreamHost):
         with self._guard:
             if not self._connected or self._freshly_reset:
                 return
-            for address, stream in list(self._streams.items()):
+            for address, stream in sorted(self._streams.items()):
                 self._send_stream_status(stream.kind, address, Status.STALL, 0)  # the guest starts it again
             self._end_streams(self._streams)
             self._cancel_all()
@@ -577,6 +577,7 @@ class Host(StreamHost):
     def _clear_halt(self, packet: ControlPacket) -> None:
         """Not forwarded: the controller's side of the endpoint has to be cleared as well."""
         assert self._device is not None
+        self._freshly_reset = False
         status: int = Status.IOERROR
         with self._noticing_loss():
             status = self._device.clear_halt(packet.index & 0xFF)
@@ -648,7 +649,7 @@ class Host(StreamHost):
 
     def _submit(self, transfer: Transfer) -> int:
         assert self._device is not None
-        self._flying.add(transfer)
+        self._flying[transfer] = None
         self._flying_bytes += transfer.length
         try:
             status = self._device.submit(transfer)
@@ -663,7 +664,7 @@ class Host(StreamHost):
         """Count a transfer out; False for one that was given up before."""
         if transfer not in self._flying:
             return False
-        self._flying.discard(transfer)
+        del self._flying[transfer]
         self._flying_bytes -= transfer.length
         return True
 

@@ -145,6 +145,15 @@ class Connection:
         self.bytes_received += len(data)
         return data
 
+    def at_end(self) -> bool:
+        """Whether the next read would find the end of the stream, or an error."""
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
+
     def write(self, data: memoryview) -> int | None:
         """Send what the socket takes; None: nothing now."""
         return self.writev((data,))
@@ -517,7 +526,7 @@ def serve(
                 wanted.append((listener.fileno(), POLLIN))
             ready = poller.wait(wanted, session.timeout())
             session.step(ready)
-            if listener is not None and listener.fileno() in ready:
+            if listener is not None and listener.fileno() in ready and not connection.at_end():
                 turn_away(listener, session.host.log)
     except ConnectionClosed:
         return

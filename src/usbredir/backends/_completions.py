@@ -95,12 +95,12 @@ class Completions(Generic[Item]):
         return True
 
     def wait(self, timeout: float | None) -> None:
-        """Wait for a signal."""
-        if timeout != 0:
+        """Wait for a signal, unless something has completed, or this is closed."""
+        if timeout != 0 and not self.done:
             if timeout is not None:
                 timeout = min(timeout, threading.TIMEOUT_MAX)
             with self._condition:
-                self._condition.wait_for(lambda: self.signalled.value, timeout)
+                self._condition.wait_for(lambda: self.signalled.value or self._closed, timeout)
 
     def pollfds(self) -> Sequence[tuple[int, int]]:
         """A socket that is readable while there is a signal."""

@@ -1,12 +1,12 @@
 """One libusb context: who runs its events, which descriptors to poll, and which device a completion is for.
 
 pyusb makes the context (an ``IBackend`` of its own); a :class:`Context` goes with each. libusb's callback only puts
-the address of what has completed into a list, and is no Python code: an exception of a signal handler cannot get lost in it.
-When libusb has returned, :func:`deliver` hands the transfers to their devices. So a completion may do anything, one that
-raises loses no other, and devices that share a context may live in different threads.
+the address of what has completed into a list, and is no Python code: an exception of a signal handler cannot get lost
+in it. When libusb has returned, :func:`deliver` hands the transfers to their devices. So a completion may do anything,
+one that raises loses no other, and devices that share a context may live in different threads.
 
-Two ways to run events: whoever calls :meth:`Context.handle_events` (with :meth:`Context.pollfds` one thread can poll a socket
-and libusb together), or a thread of the context's own, for systems whose libusb has no descriptors to poll.
+Two ways to run events: whoever calls :meth:`Context.handle_events` (with :meth:`Context.pollfds` one thread can poll a
+socket and libusb together), or a thread of the context's own, for systems whose libusb has no descriptors to poll.
 
 libusb's callbacks may run with libusb's locks held: they take no lock that is held around a call of libusb.
 """
@@ -40,6 +40,7 @@ _in_flight: dict[int, NativeTransfer] = {}
 """Submitted transfers by address: keeps structure, buffer and owner alive until libusb is done with them."""
 _landed: deque[int] = deque()
 """Addresses of transfers that libusb is done with."""
+_delivering = threading.RLock()
 
 # Callbacks of the whole process, never freed: libusb may call them as long as there is a context. _landed.append is
 # called without running any Python code.
@@ -49,14 +50,17 @@ COMPLETION_ADDRESS: int = ctypes.cast(_completion, ctypes.c_void_p).value or 0
 
 def deliver() -> None:
     """Hand transfers that have completed to their devices. Threads: any."""
-    while _landed:
-        try:
-            address = _landed.popleft()
-        except IndexError:  # another thread took it
-            return
-        native = _in_flight.pop(address, None)
-        if native is not None and native.owner is not None:
-            native.owner.landed(native)
+    if not _landed:
+        return
+    with _delivering:
+        while _landed:
+            # Whatever an exception of a signal handler tears apart here: what libusb is done with is not in flight.
+            address = _landed[0]
+            native = _in_flight.pop(address, None)
+            if native is not None and native.owner is not None:
+                native.owner.landed(native)
+            if _landed and _landed[0] == address:  # the collector may have closed a device meanwhile
+                _landed.popleft()
 
 
 def is_in_flight(native: NativeTransfer) -> bool:
@@ -191,7 +195,8 @@ class Context:
     def handle_events(self, timeout: float | None, signalled: ctypes.c_int) -> None:
         """Let libusb work; it returns early when *signalled* is set, after an event, or :meth:`interrupt`.
 
-        *signalled* is set before :meth:`interrupt` is called: another thread may swallow the interruption, not the number.
+        *signalled* is set before :meth:`interrupt` is called: another thread may swallow the interruption, but not
+        the number.
         """
         wait = NOW
         if timeout != 0 and not _landed:

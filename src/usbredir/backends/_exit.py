@@ -1,8 +1,8 @@
 """Devices that are open, to be closed at exit.
 
 pyusb ends its libusb contexts with an exit handler, and ending one under transfers in flight, or under a thread that
-waits in it, aborts the process. So :func:`close_everything` has to run before: exit handlers run in the opposite order of
-their registration, and :func:`register_exit_handler` is called again after each new backend.
+waits in it, aborts the process. So :func:`close_everything` has to run before: exit handlers run in the opposite order
+of their registration, and :func:`register_exit_handler` is called again after each new backend.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import usb.backend.libusb1
 import usb.core
 import usb.util
 
@@ -15,12 +14,21 @@ from ..descriptors import device_ids
 from ..errors import DeviceError, DeviceNotFoundError
 from ..filter import DeviceIds
 from ..proto import Speed
+from ._backend import Backend, load_library
 from ._base import SPEEDS
-from ._context import register_exit_handler
+from ._exit import register_exit_handler
 from ._raw_descriptors import raw_configuration, raw_device
 from ._system import attribute_of, driver_of, is_accessible, port_path
 
-__all__ = ["DeviceInfo", "DeviceSpec", "find_all", "get_backend", "list_devices", "new_backend", "parse_spec"]
+__all__ = [
+    "DeviceInfo",
+    "DeviceSpec",
+    "find_all",
+    "list_devices",
+    "new_backend",
+    "parse_spec",
+    "text_of",
+]
 
 FORMS = "VID:PID (hexadecimal), BUS-DEV (decimal), port:BUS-PORT[.PORT...] or serial:TEXT"
 
@@ -47,7 +55,7 @@ def parse_spec(text: str) -> DeviceSpec:
     kind, colon, rest = text.partition(":")
     if kind == "serial" and rest:
         return DeviceSpec("serial", rest)
-    if kind == "port" and re.fullmatch(r"\d+-\d+(\.\d+)*", rest):
+    if kind == "port" and re.fullmatch(r"\d+-\d+(\.\d+)*", rest, re.ASCII):
         return DeviceSpec("port", rest)
     if colon and re.fullmatch(r"(0[xX])?[0-9a-fA-F]{1,4}:(0[xX])?[0-9a-fA-F]{1,4}", text):
         return DeviceSpec("ids", (int(kind, 16), int(rest, 16)))
@@ -56,35 +64,19 @@ def parse_spec(text: str) -> DeviceSpec:
     raise ValueError(f"{text!r} names no device: use {FORMS}")
 
 
-def get_backend() -> Any:
-    """pyusb's libusb1 backend: libusb-package's library, else the system's. Raises DeviceError when there is none."""
-    with contextlib.suppress(ImportError):
-        import libusb_package
-
-        backend = libusb_package.get_libusb1_backend()
-        if backend is not None:
-            register_exit_handler()
-            return backend
-    backend = usb.backend.libusb1.get_backend()
-    if backend is None:
-        raise DeviceError("libusb 1.0 cannot be loaded: install the package libusb-package, or the system's libusb")
-    register_exit_handler()
-    return backend
-
-
 def new_backend() -> Any:
     """A pyusb backend with a libusb context of its own, which has looked for devices just now.
 
     A context learns of new devices by events of the system, which do not reach every container. A fresh one always
     looks. Raises DeviceError.
     """
-    backend = get_backend()
+    backend = Backend(load_library())
     try:
-        fresh = type(backend)(backend.lib)
+        assert backend.ctx is not None, "made now"
     except usb.core.USBError as error:
         raise DeviceError(f"libusb cannot be started: {error}") from error
     register_exit_handler()
-    return fresh
+    return backend
 
 
 def find_all(spec: DeviceSpec, backend: Any) -> list[Any]:
@@ -109,22 +101,35 @@ def _matches(spec: DeviceSpec, device: Any) -> bool:
 TEXTS = {"manufacturer": "iManufacturer", "product": "iProduct", "serial": "iSerialNumber"}
 
 
+@contextlib.contextmanager
+def _closed_afterwards(device: Any) -> Iterator[None]:
+    """pyusb opens a device by itself when it asks it for something; it is closed again, once."""
+    was_open = device._ctx.handle is not None
+    try:
+        yield
+    finally:
+        if not was_open:
+            usb.util.dispose_resources(device)
+
+
 def text_of(device: Any, name: str) -> str:
     """A device's *manufacturer*, *product* or *serial*; empty when there is none, or it may not be read."""
+    with _closed_afterwards(device):
+        return _read_text(device, name)
+
+
+def _read_text(device: Any, name: str) -> str:
+    """As :func:`text_of`; may leave *device* open."""
     index = getattr(device, TEXTS[name])
     if not index:
         return ""
     known = attribute_of(device, name)
     if known is not None:
         return known
-    was_open = device._ctx.handle is not None
     try:
         return str(usb.util.get_string(device, index) or "")
     except (usb.core.USBError, ValueError, NotImplementedError):
         return ""
-    finally:
-        if not was_open:
-            usb.util.dispose_resources(device)
 
 
 class DeviceInfo(NamedTuple):
@@ -160,15 +165,17 @@ def _describe(device: Any) -> DeviceInfo:
     ids = device_ids(raw_device(device), raw)
     numbers = dict.fromkeys(i.bInterfaceNumber for i in configuration) if configuration is not None else {}
     drivers = {number: driver for number in numbers if (driver := driver_of(device, number))}
+    with _closed_afterwards(device):
+        texts = {name: _read_text(device, name) for name in TEXTS}
     return DeviceInfo(
         device.bus or 0,
         device.address or 0,
         port_path(device),
         SPEEDS.get(device.speed or 0, Speed.UNKNOWN),
         ids,
-        text_of(device, "manufacturer"),
-        text_of(device, "product"),
-        text_of(device, "serial"),
+        texts["manufacturer"],
+        texts["product"],
+        texts["serial"],
         drivers,
         is_accessible(device),
     )

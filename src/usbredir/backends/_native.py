@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-import threading
 from collections.abc import Mapping
 from functools import cache
 from typing import Protocol
@@ -58,17 +57,18 @@ class Owner(Protocol):
 
 def is_sound(transfer: Transfer) -> bool:
     """Whether a C library would stay inside the buffers, and every number fits its field."""
-    length, kind, out = transfer.length, transfer.kind, not transfer.endpoint & 0x80
-    if not 0 <= length <= (MAX_CONTROL if kind is TransferType.CONTROL else MAX_LENGTH):
+    kind, length, endpoint = transfer.kind, transfer.length, transfer.endpoint
+    if not (0 <= length <= MAX_LENGTH and 0 <= endpoint <= 0xFF and 0 <= transfer.stream_id <= 0xFFFFFFFF):
         return False
-    if kind not in TRANSFER_TYPE or not 0 <= transfer.endpoint <= 0xFF or not 0 <= transfer.stream_id <= 0xFFFFFFFF:
+    if endpoint < 0x80 and len(transfer.data) != length:
         return False
-    if out and len(transfer.data) != length:
-        return False
+    if kind is TransferType.BULK or kind is TransferType.INTERRUPT:
+        return True
     if kind is TransferType.CONTROL:
-        return all(0 <= number <= limit for number, limit in zip(transfer.setup, SETUP_LIMITS, strict=True))
+        setup = transfer.setup
+        return length <= MAX_CONTROL and all(0 <= n <= limit for n, limit in zip(setup, SETUP_LIMITS, strict=True))
     lengths = transfer.iso_lengths
-    return kind is not TransferType.ISO or (len(lengths) > 0 and min(lengths) >= 0 and sum(lengths) == length)
+    return kind is TransferType.ISO and len(lengths) > 0 and min(lengths) >= 0 and sum(lengths) == length
 
 
 @cache
@@ -141,7 +141,7 @@ class NativeTransfer:
             0,
             endpoint,
             kind,
-            min(max(math.ceil(transfer.timeout * 1000), 0), MAX_TIMEOUT),
+            min(math.ceil(transfer.timeout * 1000), MAX_TIMEOUT) if transfer.timeout > 0 else 0,
             0,
             length,
             0,
@@ -188,11 +188,10 @@ class NativeTransfer:
 
 
 class Pool:
-    """Idle transfers of one device, by size. Threads: any."""
+    """Idle transfers of one device, by size. Threads: one at a time, the device's lock is held."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self._lock = threading.Lock()
         self._idle: dict[tuple[int, int], list[NativeTransfer]] = {}
         self._bytes = 0
         self._closed = False
@@ -202,40 +201,37 @@ class Pool:
         size = transfer.length + (SETUP.size if transfer.kind is TransferType.CONTROL else 0)
         capacity = SMALLEST if size <= SMALLEST else 1 << (size - 1).bit_length()
         packets = len(transfer.iso_lengths) if transfer.kind is TransferType.ISO else 0
-        with self._lock:
-            idle = self._idle.get((capacity, packets))
-            if idle:
-                self._bytes -= capacity
-                return idle.pop()
-        return NativeTransfer(self._library, capacity, packets)
+        idle = self._idle.get((capacity, packets))
+        if not idle:
+            return NativeTransfer(self._library, capacity, packets)
+        self._bytes -= capacity
+        return idle.pop()
 
     def give(self, native: NativeTransfer) -> None:
         """Keep a native transfer for later, unless there are enough."""
         native.owner = native.transfer = None
-        with self._lock:
-            if self._bytes + native.capacity > MAX_POOLED_BYTES:
-                self._free_idle()  # sizes that were wanted once must not keep out those wanted now
-            idle = self._idle.setdefault((native.capacity, native.packets), [])
-            if self._closed or len(idle) >= MAX_POOLED or native.capacity > MAX_POOLED_BYTES:
-                native.free()
-            else:
-                idle.append(native)
-                self._bytes += native.capacity
+        capacity = native.capacity
+        if self._bytes + capacity > MAX_POOLED_BYTES:
+            self._free_idle()  # sizes that were wanted once must not keep out those wanted now
+        idle = self._idle.setdefault((capacity, native.packets), [])
+        if self._closed or len(idle) >= MAX_POOLED or capacity > MAX_POOLED_BYTES:
+            native.free()
+        else:
+            idle.append(native)
+            self._bytes += capacity
 
     def close(self) -> None:
         """Free what is idle; what comes back later is freed then."""
-        with self._lock:
-            self._closed = True
-            self._free_idle()
+        self._closed = True
+        self._free_idle()
 
     def _free_idle(self) -> None:
         for idle in self._idle.values():
-            for native in idle:
-                native.free()
+            while idle:
+                idle.pop().free()
         self._idle.clear()
         self._bytes = 0
 
     def sizes(self) -> Mapping[tuple[int, int], int]:
         """How many are idle, by capacity and packets."""
-        with self._lock:
-            return {key: len(idle) for key, idle in self._idle.items() if idle}
+        return {key: len(idle) for key, idle in self._idle.items() if idle}

@@ -1,8 +1,8 @@
 """Real devices through pyusb, their transfers libusb's own asynchronous ones.
 
 pyusb finds, opens, describes, claims and configures; :class:`LibusbDevice` reaches libusb below it for transfers:
-any number in flight, of every kind, cancelled when wanted, each with its partial data. :func:`wrap` takes a ``usb.core.Device``,
-:func:`open_device` a text such as ``1209:0001``, :func:`open_fd` an open file descriptor.
+any number in flight, of every kind, cancelled when wanted, each with its partial data. :func:`wrap` takes a
+``usb.core.Device``, :func:`open_device` a text such as ``1209:0001``, :func:`open_fd` an open file descriptor.
 
 With a pyusb backend other than libusb 1.0 a device works in a reduced way (:mod:`usbredir.backends._synchronous`).
 
@@ -13,68 +13,74 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import usb.core
 
 from ..device import Transfer
 from ..errors import DeviceError, DeviceLostError, DeviceNotFoundError
-from ..proto import Status, TransferType
+from ..proto import Status
 from . import _libusb
+from ._backend import FdBackend, load_library
 from ._base import BaseDevice, logger
-from ._context import COMPLETION_ADDRESS, Context, register_exit_handler
+from ._completions import Completions
+from ._context import COMPLETION_ADDRESS, Context, deliver, is_in_flight
 from ._finding import DeviceInfo, DeviceSpec, find_all, list_devices, new_backend, parse_spec
-from ._native import NativeTransfer, Pool
+from ._native import NativeTransfer, Pool, is_sound
 from ._synchronous import SynchronousDevice
 
-__all__ = ["DeviceInfo", "DeviceSpec", "LibusbDevice", "SynchronousDevice", "list_devices", "open_device", "parse_spec", "wrap"]
+__all__ = [
+    "DeviceInfo",
+    "DeviceSpec",
+    "LibusbDevice",
+    "SynchronousDevice",
+    "list_devices",
+    "open_device",
+    "open_fd",
+    "open_first",
+    "parse_spec",
+    "wrap",
+]
 
-POLLIN = 1
-"""poll(2)'s number; not every platform's select module has it."""
 CLOSE_LIMIT = 5.0
 """Seconds to wait for cancelled transfers in close; then the handle is leaked on purpose."""
 DRAIN_STEP = 0.05
 """Seconds of one wait meanwhile."""
-MAX_CONTROL = 0xFFFF
-"""Longest data stage of a control transfer, in bytes."""
+MAX_IDLE_ROUNDS = 20
+"""Such waits for completions that are not libusb's any more."""
 
 
 class LibusbDevice(BaseDevice):
     """A device whose transfers libusb runs asynchronously.
 
     Args:
-        device: pyusb's object, of its libusb1 backend.
+        device: pyusb's object, of its libusb1 backend. One that is open is closed and opened again.
         event_thread: let a thread of the context wait for libusb (Windows has no descriptors to poll). Completions
             still run in handle_events only; ``pollfds`` is then a socket that tells when there are some.
 
-    Raises DeviceClaimError (forbidden), DeviceLostError or DeviceError. Threads: as :class:`~usbredir.device.UsbDevice`.
+    Raises DeviceClaimError (forbidden, in use), DeviceLostError or DeviceError. Close it: the collector does so with
+    a ResourceWarning. Threads: as :class:`~usbredir.device.UsbDevice`; close from any.
     """
 
     def __init__(self, device: usb.core.Device, *, event_thread: bool = False) -> None:
         self._context = Context.of(device.backend)
-        register_exit_handler()
         self._library = self._context.library
         self._pool = Pool(self._library)
-        self._lock = threading.Lock()  # a transfer that is cancelled must not be reused meanwhile
+        # Held around submit, cancel and reuse: a transfer that is cancelled must not be reused meanwhile, and nothing
+        # may be submitted once close has begun.
+        self._lock = threading.Lock()
         self._flying: dict[Transfer, NativeTransfer] = {}
-        self._done: deque[NativeTransfer] = deque()  # completed, callback not yet run
-        self._turn = threading.RLock()  # held by the thread that runs completions
-        self._pumper = 0  # the thread that waits in libusb for this device
-        self._landed_flag = ctypes.c_int(0)
-        self._condition = threading.Condition()
-        self._signalled = False
-        self._wake_sockets: tuple[socket.socket, socket.socket] | None = None
+        self._completions: Completions[NativeTransfer] = Completions()
+        self._pumper = 0  # the thread that is in libusb for this device
+        self._event_thread = False
         super().__init__(device)
         self._handle_address: int = self._handle.handle.value
-        self._event_thread = event_thread or not self._context.has_pollfds
-        self._context.devices.add(self)
-        if self._event_thread:
+        self._context.attach(self, device.backend)
+        if event_thread or not self._context.has_pollfds:
             self._context.start_thread()
+            self._event_thread = True
 
     def __repr__(self) -> str:
         d = self.device
@@ -82,10 +88,6 @@ class LibusbDevice(BaseDevice):
 
     def _opening(self) -> contextlib.AbstractContextManager[None]:
         return self._context.opening(self)
-
-    def is_libusb_device(self, address: int) -> bool:
-        """Whether libusb's device object at *address* is this one."""
-        return bool(self.device._ctx.dev.devid.value == address)
 
     def _displace_drivers(self, on: bool) -> None:
         # Detaching and claiming is one step for the kernel then; where it is not supported there is nothing to detach.
@@ -98,12 +100,14 @@ class LibusbDevice(BaseDevice):
 
     def alloc_streams(self, endpoints: Sequence[int], count: int) -> tuple[int, int]:
         """Allocate bulk streams on endpoint addresses. Returns (status, streams granted)."""
+        self._check_open()
         table = (ctypes.c_ubyte * len(endpoints))(*endpoints)
         code = self._library.libusb_alloc_streams(self._handle_address, count, table, len(endpoints))
         return (Status.SUCCESS, code) if code >= 0 else (self._status(code), 0)
 
     def free_streams(self, endpoints: Sequence[int]) -> int:
         """Free the bulk streams of endpoint addresses. Returns a status."""
+        self._check_open()
         table = (ctypes.c_ubyte * len(endpoints))(*endpoints)
         return self._status(self._library.libusb_free_streams(self._handle_address, table, len(endpoints)))
 
@@ -119,130 +123,112 @@ class LibusbDevice(BaseDevice):
 
     def submit(self, transfer: Transfer) -> int:
         """Start *transfer*. SUCCESS: it will complete, in handle_events. Any other status: it was not started."""
-        if self._closed or self._lost:
-            transfer.device_lost = True
-            return Status.IOERROR
-        if not _is_sound(transfer):
+        if not is_sound(transfer):
             return Status.INVAL
-        native = self._pool.take(transfer)
-        native.fill(transfer, self._handle_address, COMPLETION_ADDRESS)
-        native.device = self
-        native.transfer = transfer
-        self._flying[transfer] = native
-        code = self._context.submit(native)
-        if not code:
-            return Status.SUCCESS
-        del self._flying[transfer]
-        self._pool.give(native)
-        if code == _libusb.ERROR_NO_DEVICE:
-            self._lost = transfer.device_lost = True
+        with self._lock:
+            if self._closed or self._lost:
+                transfer.device_lost = True
+                return Status.IOERROR
+            if transfer in self._flying:
+                raise ValueError(f"{transfer!r} has not completed yet")
+            native = self._pool.take(transfer)
+            try:
+                native.fill(transfer, self._handle_address, COMPLETION_ADDRESS)
+            except BaseException:
+                self._pool.give(native)
+                raise
+            native.owner = self
+            native.transfer = transfer
+            self._flying[transfer] = native
+            code = self._context.submit(native)
+            if not code:
+                return Status.SUCCESS
+            del self._flying[transfer]
+            self._pool.give(native)
+            if code == _libusb.ERROR_NO_DEVICE:
+                self._lost = transfer.device_lost = True
         return _libusb.error_status(code)
 
     def cancel(self, transfer: Transfer) -> None:
         """Ask for an early end; the transfer still completes. Harmless when it already has."""
         with self._lock:
             native = self._flying.get(transfer)
-            if native is not None:
+            if native is not None and is_in_flight(native):
                 self._library.libusb_cancel_transfer(native.address)
 
-    def _landed(self, native: NativeTransfer) -> None:
-        """libusb is done with a transfer. In its callback, in any thread: completions run later."""
-        self._done.append(native)
+    def landed(self, native: NativeTransfer) -> None:
+        """libusb is done with a transfer: its completion is run later. Threads: any."""
+        self._completions.done.append(native)
         if self._pumper != threading.get_ident():
-            self._signal()
+            self.signal()
 
-    def _mark_lost(self) -> None:
-        """The system said that the device is gone. In any thread."""
+    def mark_lost(self) -> None:
+        """The system says that the device is gone. Threads: any."""
         if not self._closed:
             self._lost = True
-            self._signal()
+            self.signal()
+
+    def is_libusb_device(self, address: int) -> bool:
+        """Whether libusb's device object at *address* is this one. Threads: any."""
+        devid = self.device._ctx.dev.devid
+        return bool(getattr(devid, "value", devid) == address)
 
     # ------------------------------------------------------------ events
 
     def handle_events(self, timeout: float | None = 0.0) -> None:
         """Run completions that are due; wait at most *timeout* seconds for one (None: for ever).
 
-        When another thread is doing so, that one does the work and this call only waits.
+        It may return before that time without having run any. When another thread is doing so, that one does the
+        work and this call only waits. Raises what a completion raised; the others run at the next call.
         """
-        if not self._turn.acquire(timeout=-1 if timeout is None else timeout):
-            return
-        try:
-            self._wait(0.0 if self._done else timeout)
-            # What completions submit is for the next call: a busy device must not keep its caller for ever.
-            for _ in range(len(self._done)):
-                self._complete(self._done.popleft())
-        finally:
-            if self._done:  # a completion raised, or more came: pollers have to hear of it
-                self._signal()
-            self._turn.release()
+        self._completions.handle(timeout, self._wait, self._complete)
 
     def _wait(self, timeout: float | None) -> None:
-        if self._signalled:
-            self._clear_signal()
-            timeout = 0.0
         if self._context.threaded:
-            if timeout != 0:
-                with self._condition:
-                    self._condition.wait_for(lambda: self._signalled, timeout)
-                self._clear_signal()
+            deliver()
+            self._completions.wait(timeout)
             return
+        # Written before it is asked whether the device is closed; close does it the other way round.
         self._pumper = threading.get_ident()
         try:
-            self._context.handle_events(timeout, self._landed_flag)
+            if not self._closed or self._flying:
+                self._context.handle_events(timeout, self._completions.signalled)
         finally:
             self._pumper = 0
 
     def _complete(self, native: NativeTransfer) -> None:
         transfer = native.transfer
         assert transfer is not None
-        native.read(transfer)
-        if transfer.device_lost:
-            self._lost = True
-        with self._lock:
-            self._flying.pop(transfer, None)
-        self._pool.give(native)
+        try:
+            native.read(transfer)
+            if transfer.device_lost:
+                self._lost = True
+        finally:
+            with self._lock:
+                self._flying.pop(transfer, None)
+                self._pool.give(native)
         transfer.callback(transfer)
 
-    def _signal(self) -> None:
+    def signal(self) -> None:
         """There is something to do for handle_events. Threads: any."""
-        with self._condition:
-            self._landed_flag.value = 1
-            if self._signalled:
-                return
-            self._signalled = True
-            self._condition.notify_all()
-            if self._wake_sockets is not None:
-                with contextlib.suppress(OSError):
-                    self._wake_sockets[1].send(b"w")
-
-    def _clear_signal(self) -> None:
-        with self._condition:
-            self._signalled = False
-            self._landed_flag.value = 0
-            if self._wake_sockets is not None:
-                with contextlib.suppress(OSError):
-                    self._wake_sockets[0].recv(64)
+        self._completions.signal()
+        if self._pumper:
+            self._context.interrupt()
 
     def wake(self) -> None:
         """Make a waiting handle_events return."""
-        self._signal()
-        self._context.interrupt()
+        self.signal()
 
     def pollfds(self) -> Sequence[tuple[int, int]]:
-        """libusb's descriptors (none with an event thread), and a socket for what other threads bring."""
-        with self._condition:
-            if self._wake_sockets is None and not self._closed:
-                self._wake_sockets = socket.socketpair()
-                for end in self._wake_sockets:
-                    end.setblocking(False)
-                if self._signalled:
-                    self._wake_sockets[1].send(b"w")
-            own = () if self._wake_sockets is None else ((self._wake_sockets[0].fileno(), POLLIN),)
-        return (*own, *self._context.pollfds())
+        """libusb's descriptors (none with an event thread), and a socket for what other threads bring.
+
+        To be asked again in every round: they change with what is open in the context.
+        """
+        return () if self._closed else (*self._completions.pollfds(), *self._context.pollfds())
 
     def next_timeout(self) -> float | None:
         """Seconds until handle_events is due without any descriptor being ready, or None."""
-        return 0.0 if self._done else self._context.next_timeout()
+        return 0.0 if self._completions.done else self._context.next_timeout()
 
     # ------------------------------------------------------------ end
 
@@ -251,46 +237,63 @@ class LibusbDevice(BaseDevice):
 
         A device that does not give its transfers back keeps its handle: closing it would free memory in use.
         """
-        if self._closed:
-            return
-        self._closed = True
-        drained = self._drain()
-        self._context.devices.discard(self)
+        with self._lock:  # nothing is submitted afterwards
+            if self._closed:
+                return
+            self._closed = True
+        limit = time.monotonic() + CLOSE_LIMIT
+        drained = self._drain(limit) and self._expel(limit)
         if self._event_thread:
             self._context.stop_thread()
+        self._context.detach(self)
         if drained:
-            self._pool.close()
+            with self._lock:
+                self._pool.close()
             self._let_go()
         else:
             logger.error("%r does not give its transfers back: its handle is left open", self)
-        with self._condition:
-            sockets, self._wake_sockets = self._wake_sockets, None
-        for end in sockets or ():
-            end.close()
+            self.abandon()
+        self._completions.close()
 
-    def _drain(self) -> bool:
-        """Cancel everything and wait until it has completed; False when the time is over."""
-        limit = time.monotonic() + CLOSE_LIMIT
-        while self._flying and time.monotonic() < limit:
+    def _drain(self, limit: float) -> bool:
+        """Cancel everything and wait until it has completed; False when libusb still has some after the time."""
+        rounds = 0
+        while self._flying and time.monotonic() < limit and rounds < MAX_IDLE_ROUNDS:
             for transfer in list(self._flying):
                 self.cancel(transfer)
-            try:
-                self.handle_events(DRAIN_STEP)
-            except Exception:  # of a completion; the rest has to end as well
-                logger.exception("a completion failed while the device was closed")
-        return not self._flying
+            self._run_completions(DRAIN_STEP)
+            # None left in libusb: another thread is completing the last, or was torn out of it by an exception.
+            rounds = 0 if self._has_in_flight() else rounds + 1
+        if self._has_in_flight():
+            return False
+        for native in list(self._flying.values()):  # torn out, see above: it completes as well
+            self._completions.done.append(native)
+            self._run_completions(0)
+        return True
 
+    def _run_completions(self, timeout: float) -> None:
+        try:
+            self.handle_events(timeout)
+        except Exception:  # of a completion; the rest has to end as well
+            logger.exception("a completion failed while the device was closed")
 
-def _is_sound(transfer: Transfer) -> bool:
-    """Whether libusb would stay inside the buffers."""
-    length = transfer.length
-    if length < 0 or (transfer.kind is TransferType.CONTROL and length > MAX_CONTROL):
-        return False
-    if not transfer.endpoint & 0x80 and len(transfer.data) != length:
-        return False
-    return transfer.kind is not TransferType.ISO or (
-        len(transfer.iso_lengths) > 0 and min(transfer.iso_lengths) >= 0 and sum(transfer.iso_lengths) == length
-    )
+    def _has_in_flight(self) -> bool:
+        with self._lock:
+            return any(is_in_flight(native) for native in self._flying.values())
+
+    def _expel(self, limit: float) -> bool:
+        """Wait until no other thread is in libusb for this device; False when the time is over."""
+        while self._pumper not in (0, threading.get_ident()):
+            if time.monotonic() > limit:
+                return False
+            self.signal()
+            self._completions.pause(DRAIN_STEP)
+        return True
+
+    def abandon(self) -> None:
+        """Forget device and context without touching them, and have pyusb do the same, now and at exit."""
+        super().abandon()
+        self._backend.ctx = ctypes.c_void_p()
 
 
 def wrap(device: usb.core.Device, *, event_thread: bool = False) -> BaseDevice:
@@ -314,6 +317,18 @@ def open_device(spec: str | DeviceSpec, *, event_thread: bool = False) -> Libusb
     return open_first(find_all(spec, new_backend()), event_thread=event_thread)
 
 
+def open_fd(fd: int, *, event_thread: bool = False) -> LibusbDevice:
+    """The device behind *fd*, an open usbfs file descriptor: from Android, a portal or a helper with more rights.
+
+    The descriptor has to be readable and writable, stays the caller's and has to stay open until after close. Nothing
+    else is looked at, no /dev and no list of devices. Raises DeviceError.
+    """
+    backend = FdBackend(load_library(), fd)
+    device = LibusbDevice(usb.core.find(backend=backend), event_thread=event_thread)
+    Context.of(backend).own(fd, device)
+    return device
+
+
 def open_first(candidates: Sequence[usb.core.Device], *, event_thread: bool = False) -> LibusbDevice:
     """The first of *candidates* that can be opened and claimed. Raises the DeviceError of the first when none can."""
     error: DeviceError | None = None
@@ -330,7 +345,8 @@ def _open_candidate(candidate: usb.core.Device, *, event_thread: bool, probe: bo
     try:
         if device.configuration_descriptor is None:
             raise DeviceError(
-                "the device has no active configuration (it was safely removed, perhaps): plug it in again, or select one",
+                "the device has no active configuration (it was safely removed, perhaps): "
+                "plug it in again, or select one",
                 reason="unconfigured",
             )
         if probe:

@@ -235,7 +235,8 @@ class VirtualDevice:
 
     def set_configuration(self, value: int) -> int:
         """Select a configuration."""
-        if self._gone or (value and value not in self._configurations):
+        self._check_present()
+        if value and value not in self._configurations:
             return Status.IOERROR
         self._configuration = value
         self._start_anew()
@@ -243,7 +244,8 @@ class VirtualDevice:
 
     def set_alt_setting(self, interface: int, alt: int) -> int:
         """Select an alternate setting; the halts of its endpoints are cleared."""
-        if self._gone or not any(i.number == interface and i.alternate == alt for i in self._interfaces()):
+        self._check_present()
+        if not any(i.number == interface and i.alternate == alt for i in self._interfaces()):
             return Status.IOERROR
         with self._hooks:
             self._alternates[interface] = alt
@@ -259,7 +261,8 @@ class VirtualDevice:
 
     def clear_halt(self, endpoint: int) -> int:
         """Clear the halt of an endpoint."""
-        if self._gone or endpoint not in self._endpoints:
+        self._check_present()
+        if endpoint not in self._endpoints:
             return Status.IOERROR
         with self._hooks:
             self._halted.discard(endpoint)
