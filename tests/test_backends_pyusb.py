@@ -748,7 +748,7 @@ def test_what_libusb_says_is_checked(
     """Partial data of a transfer that failed is kept; lengths outside the buffer are not believed."""
     asked = transfer()
     native.fill(asked, 1, 2)
-    native.buffer[:20] = bytes(range(20))  # type: ignore[misc]
+    memoryview(native.buffer).cast("B")[:20] = bytes(range(20))
     _libusb.RESULT.pack_into(_libusb.bytes_at(native.address, 60), _libusb.STATUS_OFFSET, code, 16, actual)
     native.read(asked)
     assert asked.status == status
@@ -761,7 +761,7 @@ def test_what_libusb_says_of_packets_is_checked(library: ctypes.CDLL, code: int,
     made = _native.NativeTransfer(library, 1024, 2)
     asked = transfer(TransferType.ISO, 0x84, 16, iso_lengths=[8, 8])
     made.fill(asked, 1, 2)
-    made.buffer[:24] = bytes(range(24))  # type: ignore[misc]
+    memoryview(made.buffer).cast("B")[:24] = bytes(range(24))
     at = _libusb.HEAD.size
     _libusb.bytes_at(made.address, at + 24)[at + 12 : at + 24] = b"".join(
         number.to_bytes(4, "little", signed=number < 0) for number in (8, actual, code)

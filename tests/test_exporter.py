@@ -297,6 +297,17 @@ def test_a_guest_that_does_not_read_holds_up_nothing(bench: Bench) -> None:
     bench.until(lambda: bench.exporters[0]._session is None)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="no such option here")
+def test_a_guest_that_confirms_nothing_is_given_up(bench: Bench) -> None:
+    """With a limit: as a paused virtual machine, whose system confirms probes but takes no data."""
+    bench.loopback(unanswered=0.2)
+    guest = bench.guest()
+    guest.wait_for_device(PATIENCE)
+    assert guest.start_bulk_receiving(0x82, 1 << 16, 16, timeout=PATIENCE) == Status.SUCCESS
+    assert "timed out" in bench.until_event(Event.BROKEN)
+    works(bench.guest())
+
+
 def test_keep_alive_is_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the limit that was chosen."""
     seen: list[object] = []

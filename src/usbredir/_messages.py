@@ -95,7 +95,8 @@ class Messages(logging.Handler):
             self._write(Event.LOG.value, level, record.getMessage())
 
     def _write(self, event: str, level: LogLevel, message: str, device: str = "", **fields: object) -> None:
-        message, device = escape(message), escape(device)  # whoever it comes from: one line, nothing that a terminal obeys
+        # Whoever it comes from: one line, and nothing that a terminal obeys.
+        message, device = escape(message), escape(device)
         if self._json:
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             about = {"device": device} if device else {}

@@ -117,6 +117,11 @@ class BaseDevice:
         is_open(self)
         register_exit_handler()
 
+    def __repr__(self) -> str:
+        d = self.device
+        place = "" if d.address is None else f" at {d.bus}-{d.address}"
+        return f"<{type(self).__name__} {d.idVendor:04x}:{d.idProduct:04x}{place}>"
+
     def __del__(self) -> None:
         if not self._closed:
             try:

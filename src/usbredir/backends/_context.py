@@ -52,13 +52,16 @@ def deliver() -> None:
     """Hand transfers that have completed to their devices. Threads: any."""
     if not _landed:
         return
+    me = threading.get_ident()
     with _delivering:
         while _landed:
             # Whatever an exception of a signal handler tears apart here: what libusb is done with is not in flight.
             address = _landed[0]
             native = _in_flight.pop(address, None)
-            if native is not None and native.owner is not None:
-                native.owner.landed(native)
+            if native is not None and (owner := native.owner) is not None:
+                owner.done.append(native)
+                if owner.pumper != me:
+                    owner.signal()
             if _landed and _landed[0] == address:  # the collector may have closed a device meanwhile
                 _landed.popleft()
 

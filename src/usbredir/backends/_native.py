@@ -4,6 +4,9 @@ A :class:`NativeTransfer` is C memory. It and its buffer are kept alive by the t
 completion callback has come; then by a :class:`Pool`. A transfer that never comes back is leaked on purpose. The C
 structure is freed by :meth:`Pool.close` and never by a destructor, which could run after libusb has ended.
 
+Copies: what a large IN transfer brought is handed out as a view of its buffer, and the native transfer rests until
+nobody refers to that view any more; what a large OUT transfer sends is sent from where it is.
+
 Source: libusb's struct libusb_transfer (``_libusb.HEAD``).
 """
 
@@ -12,9 +15,11 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
+import weakref
+from collections import deque
 from collections.abc import Mapping
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..device import IsoResult, Transfer
 from ..proto import Status, TransferType
@@ -27,8 +32,14 @@ SETUP = struct.Struct("<BBHHH")
 SETUP_LIMITS = (0xFF, 0xFF, 0xFFFF, 0xFFFF)
 SMALLEST = 1024
 """Bytes of the smallest buffer; larger ones are powers of two."""
+LARGE = 32 * 1024
+"""Bytes from which data is not copied. A view that tells when it is not needed any more costs 2 us."""
+LARGE_OUT = 4096
+"""The same for OUT transfers: taking the address of bytes costs 1 us."""
 MAX_POOLED = 64
 """Idle transfers that a device keeps per size."""
+MAX_LENT = 64
+"""Transfers whose buffers are in use that a device remembers; others are let go."""
 MAX_POOLED_BYTES = 16 * 1024 * 1024
 """Idle buffers that a device keeps, in bytes, of all sizes together."""
 MAX_CONTROL = 0xFFFF
@@ -40,10 +51,15 @@ MAX_TIMEOUT = 0xFFFFFFFF
 
 
 class Owner(Protocol):
-    """A device, as its transfers and its context see it. Threads: any, inside libusb's callbacks too."""
+    """A device, as its transfers and its context see it. Threads: any, inside libusb's callbacks too.
 
-    def landed(self, native: NativeTransfer) -> None:
-        """libusb is done with a transfer."""
+    Attributes:
+        done: transfers that libusb is done with.
+        pumper: the thread that is in libusb for this device, and looks at *done* afterwards; 0: none.
+    """
+
+    done: deque[NativeTransfer]
+    pumper: int
 
     def mark_lost(self) -> None:
         """The system says that the device is gone."""
@@ -83,18 +99,23 @@ class NativeTransfer:
     Attributes:
         address: of the C structure.
         owner: the device whose transfer it is at present.
-        transfer: what it carries at present.
+        transfer: what it carries at present; None: it is idle.
+        lent: a view of its buffer is in use.
     """
 
     __slots__ = (
+        "_described",
         "_head",
         "_iso",
+        "_lease",
         "_library",
+        "_sent",
         "_view",
         "address",
         "buffer",
         "buffer_address",
         "capacity",
+        "lent",
         "owner",
         "packets",
         "transfer",
@@ -115,10 +136,21 @@ class NativeTransfer:
         self._iso = _libusb.bytes_at(address + HEAD.size, _iso_layout(packets).size) if packets else memoryview(b"")
         self.owner: Owner | None = None
         self.transfer: Transfer | None = None
+        self.lent = False
+        self._lease: weakref.ref[Any] | None = None
+        self._sent: Any = None  # keeps what is sent from where it is
+        self._described: tuple[Any, ...] | None = None  # the IN transfer that the C structure describes
+
+    def has_room_for(self, transfer: Transfer) -> bool:
+        """Whether it can carry *transfer*."""
+        size = transfer.length + (SETUP.size if transfer.kind is TransferType.CONTROL else 0)
+        return self.capacity >= size and self.packets == len(transfer.iso_lengths)
 
     def fill(self, transfer: Transfer, handle: int, callback: int) -> None:
         """Describe *transfer*, which is sound, to libusb. The buffer is large enough, see :meth:`Pool.take`."""
         length, endpoint = transfer.length, transfer.endpoint
+        address = self.buffer_address
+        described = None
         if transfer.kind is TransferType.CONTROL:
             SETUP.pack_into(self._view, 0, *transfer.setup, length)
             if not endpoint & 0x80:
@@ -129,7 +161,16 @@ class NativeTransfer:
             length += SETUP.size
             endpoint = 0  # the direction is the request's
         elif not endpoint & 0x80:
-            self._view[:length] = transfer.data
+            if length >= LARGE_OUT and transfer.data.__class__ is bytes:
+                address = self._address_of(transfer.data)
+            else:
+                self._view[:length] = transfer.data
+        else:
+            # libusb leaves all of this as it is: what is done again and again is described once.
+            described = transfer.kind, endpoint, length, transfer.timeout, transfer.stream_id, transfer.iso_lengths
+            if described == self._described:
+                return
+        self._described = described
         kind = TRANSFER_TYPE[transfer.kind]
         if transfer.stream_id:
             kind = _libusb.TYPE_BULK_STREAM
@@ -147,25 +188,48 @@ class NativeTransfer:
             0,
             callback,
             0,
-            self.buffer_address,
+            address,
             self.packets,
         )
         if self.packets:
             lengths = [number for length in transfer.iso_lengths for number in (length, 0, 0)]
             _iso_layout(self.packets).pack_into(self._iso, 0, *lengths)
 
+    def _address_of(self, data: bytes) -> int:
+        """The address of *data*, which is kept from now on."""
+        pointer = ctypes.c_char_p(data)
+        self._sent = pointer, data
+        return ctypes.cast(pointer, ctypes.c_void_p).value or 0
+
     def read(self, transfer: Transfer) -> None:
         """Tell *transfer* how it went. What libusb says is checked against what was asked for."""
         code, _, actual = RESULT.unpack_from(self._head, STATUS_OFFSET)
         transfer.status = TRANSFER_STATUS.get(code, Status.IOERROR)
         transfer.device_lost = code == _libusb.TRANSFER_NO_DEVICE
-        actual = min(max(actual, 0), transfer.length)
+        if not 0 <= actual <= transfer.length:
+            actual = min(max(actual, 0), transfer.length)
         transfer.actual_length = actual
+        self._sent = None
         if self.packets:
             self._read_packets(transfer)
         elif transfer.endpoint & 0x80:
-            start = SETUP.size if transfer.kind is TransferType.CONTROL else 0
-            transfer.data = self._view[start : start + actual].tobytes()
+            if transfer.kind is TransferType.CONTROL:
+                transfer.data = self._view[SETUP.size : SETUP.size + actual].tobytes()
+            elif actual < LARGE:
+                transfer.data = self._view[:actual].tobytes()
+            else:
+                transfer.data = self._lend(actual)
+
+    def _lend(self, count: int) -> memoryview:
+        """The first *count* bytes of the buffer, which stay as they are while anybody refers to them."""
+        lease = (ctypes.c_char * self.capacity).from_buffer(self.buffer)
+        self.lent = True
+        self._lease = weakref.ref(lease, self._returned)
+        return memoryview(lease).cast("B")[:count].toreadonly()
+
+    def _returned(self, lease: object) -> None:
+        """Nobody refers to the view any more. In any thread, wherever the last reference went: no lock is taken."""
+        self.lent = False
 
     def _read_packets(self, transfer: Transfer) -> None:
         results: list[IsoResult] = []
@@ -192,6 +256,7 @@ class Pool:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self._lent: deque[NativeTransfer] = deque()  # idle but for a view that is in use, in the order of lending
         self._idle: dict[tuple[int, int], list[NativeTransfer]] = {}
         self._bytes = 0
         self._closed = False
@@ -201,6 +266,8 @@ class Pool:
         size = transfer.length + (SETUP.size if transfer.kind is TransferType.CONTROL else 0)
         capacity = SMALLEST if size <= SMALLEST else 1 << (size - 1).bit_length()
         packets = len(transfer.iso_lengths) if transfer.kind is TransferType.ISO else 0
+        if self._lent:
+            self._collect()
         idle = self._idle.get((capacity, packets))
         if not idle:
             return NativeTransfer(self._library, capacity, packets)
@@ -210,6 +277,9 @@ class Pool:
     def give(self, native: NativeTransfer) -> None:
         """Keep a native transfer for later, unless there are enough."""
         native.owner = native.transfer = None
+        if native.lent:
+            self._lent.append(native)
+            return
         capacity = native.capacity
         if self._bytes + capacity > MAX_POOLED_BYTES:
             self._free_idle()  # sizes that were wanted once must not keep out those wanted now
@@ -220,10 +290,24 @@ class Pool:
             idle.append(native)
             self._bytes += capacity
 
+    def _collect(self) -> None:
+        """Take back what is not lent any more. Views end in about the order in which they were lent."""
+        lent = self._lent
+        while lent and not lent[0].lent:
+            self.give(lent.popleft())
+        if len(lent) > MAX_LENT:
+            for native in [native for native in lent if not native.lent]:
+                lent.remove(native)
+                self.give(native)
+            while len(lent) > MAX_LENT:
+                lent.popleft().free()  # the C structure; the buffer lives as long as its view
+
     def close(self) -> None:
         """Free what is idle; what comes back later is freed then."""
         self._closed = True
         self._free_idle()
+        while self._lent:
+            self._lent.popleft().free()
 
     def _free_idle(self) -> None:
         for idle in self._idle.values():

@@ -67,10 +67,6 @@ class SynchronousDevice(BaseDevice):
             type(device.backend).__module__,
         )
 
-    def __repr__(self) -> str:
-        d = self.device
-        return f"<SynchronousDevice {d.idVendor:04x}:{d.idProduct:04x} at {d.bus}-{d.address}>"
-
     def claim(self) -> None:
         """As for every device; see :class:`BaseDevice`."""
         super().claim()

@@ -18,8 +18,8 @@ def port_path(device: Any) -> str:
 
 
 def node_of(device: Any) -> str:
-    """The device's file on Linux."""
-    return f"{DEV}/{device.bus:03}/{device.address:03}"
+    """The device's file on Linux; empty where the backend does not tell which it is."""
+    return f"{DEV}/{device.bus:03}/{device.address:03}" if device.bus and device.address else ""
 
 
 def driver_of(device: Any, interface: int, configuration: int | None = None) -> str:
@@ -38,7 +38,7 @@ def driver_of(device: Any, interface: int, configuration: int | None = None) -> 
 def is_accessible(device: Any) -> bool | None:
     """Whether this process may open a device; None: not known."""
     node = node_of(device)
-    return os.access(node, os.R_OK | os.W_OK) if os.path.exists(node) else None
+    return os.access(node, os.R_OK | os.W_OK) if node and os.path.exists(node) else None
 
 
 def permission_hint(device: Any) -> str:
@@ -48,8 +48,8 @@ def permission_hint(device: Any) -> str:
         'TAG+="uaccess"'
     )
     return (
-        f"may this user write {node_of(device)}? A udev rule allows it, in /etc/udev/rules.d/70-usbredir.rules: "
-        f"{rule}; or join the group that owns the file"
+        f"may this user write {node_of(device) or 'its device file'}? A udev rule allows it, in "
+        f"/etc/udev/rules.d/70-usbredir.rules: {rule}; or join the group that owns the file"
     )
 
 

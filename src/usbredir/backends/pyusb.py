@@ -73,7 +73,8 @@ class LibusbDevice(BaseDevice):
         self._lock = threading.Lock()
         self._flying: dict[Transfer, NativeTransfer] = {}
         self._completions: Completions[NativeTransfer] = Completions()
-        self._pumper = 0  # the thread that is in libusb for this device
+        self.done = self._completions.done
+        self.pumper = 0
         self._event_thread = False
         super().__init__(device)
         self._handle_address: int = self._handle.handle.value
@@ -81,10 +82,6 @@ class LibusbDevice(BaseDevice):
         if event_thread or not self._context.has_pollfds:
             self._context.start_thread()
             self._event_thread = True
-
-    def __repr__(self) -> str:
-        d = self.device
-        return f"<LibusbDevice {d.idVendor:04x}:{d.idProduct:04x} at {d.bus}-{d.address}>"
 
     def _opening(self) -> contextlib.AbstractContextManager[None]:
         return self._context.opening(self)
@@ -131,7 +128,11 @@ class LibusbDevice(BaseDevice):
                 return Status.IOERROR
             if transfer in self._flying:
                 raise ValueError(f"{transfer!r} has not completed yet")
-            native = self._pool.take(transfer)
+            native = transfer.handle
+            if native is not None and native.owner is self and native.has_room_for(transfer):
+                transfer.handle = None  # its own completion submits it again
+            else:
+                native = self._pool.take(transfer)
             try:
                 native.fill(transfer, self._handle_address, COMPLETION_ADDRESS)
             except BaseException:
@@ -155,12 +156,6 @@ class LibusbDevice(BaseDevice):
             native = self._flying.get(transfer)
             if native is not None and is_in_flight(native):
                 self._library.libusb_cancel_transfer(native.address)
-
-    def landed(self, native: NativeTransfer) -> None:
-        """libusb is done with a transfer: its completion is run later. Threads: any."""
-        self._completions.done.append(native)
-        if self._pumper != threading.get_ident():
-            self.signal()
 
     def mark_lost(self) -> None:
         """The system says that the device is gone. Threads: any."""
@@ -189,30 +184,39 @@ class LibusbDevice(BaseDevice):
             self._completions.wait(timeout)
             return
         # Written before it is asked whether the device is closed; close does it the other way round.
-        self._pumper = threading.get_ident()
+        self.pumper = threading.get_ident()
         try:
             if not self._closed or self._flying:
                 self._context.handle_events(timeout, self._completions.signalled)
         finally:
-            self._pumper = 0
+            self.pumper = 0
 
     def _complete(self, native: NativeTransfer) -> None:
         transfer = native.transfer
-        assert transfer is not None
+        if transfer is None:  # it was completed elsewhere while the device was closed
+            return
+        self._flying.pop(transfer, None)
+        lent = False
         try:
             native.read(transfer)
             if transfer.device_lost:
                 self._lost = True
+            lent = native.lent
+            if not lent:
+                transfer.handle = native  # for the callback, which may submit the transfer again
+            transfer.callback(transfer)
         finally:
             with self._lock:
-                self._flying.pop(transfer, None)
-                self._pool.give(native)
-        transfer.callback(transfer)
+                if transfer.handle is native:
+                    transfer.handle = None
+                    self._pool.give(native)
+                elif lent:
+                    self._pool.give(native)
 
     def signal(self) -> None:
         """There is something to do for handle_events. Threads: any."""
         self._completions.signal()
-        if self._pumper:
+        if self.pumper:
             self._context.interrupt()
 
     def wake(self) -> None:
@@ -283,7 +287,7 @@ class LibusbDevice(BaseDevice):
 
     def _expel(self, limit: float) -> bool:
         """Wait until no other thread is in libusb for this device; False when the time is over."""
-        while self._pumper not in (0, threading.get_ident()):
+        while self.pumper not in (0, threading.get_ident()):
             if time.monotonic() > limit:
                 return False
             self.signal()
@@ -296,7 +300,7 @@ class LibusbDevice(BaseDevice):
         self._backend.ctx = ctypes.c_void_p()
 
 
-def wrap(device: usb.core.Device, *, event_thread: bool = False) -> BaseDevice:
+def wrap(device: usb.core.Device, *, event_thread: bool = False) -> LibusbDevice | SynchronousDevice:
     """*device* as a :class:`~usbredir.device.UsbDevice`: asynchronous with libusb 1.0, reduced with other backends.
 
     *event_thread* as for :class:`LibusbDevice`. Raises DeviceClaimError (forbidden), DeviceLostError or DeviceError.
