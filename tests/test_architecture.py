@@ -25,9 +25,9 @@ PATIENCE = 60.0
 """Seconds that an interpreter may take on a busy machine."""
 
 LAYERS: dict[int, str] = {
-    0: "proto errors locking _redirection virtual.medium virtual.fat backends backends._system "
-    "backends._raw_descriptors backends._completions backends._exit",
-    1: "capabilities limits filter device _state backends._libusb",
+    0: "proto errors locking _redirection virtual.medium virtual.fat backends",
+    1: "capabilities limits filter device _state backends._libusb backends._raw_descriptors backends._system "
+    "backends._completions backends._exit",
     2: "_layout descriptors virtual.scsi backends._native backends._backend",
     3: "packets _queue virtual.base backends._base backends._context",
     4: "_framing _device_layout _streams virtual.loopback virtual.mass_storage backends._finding backends._synchronous",
@@ -156,7 +156,7 @@ def test_a_module_can_be_imported_alone(name: str) -> None:
     assert f"usbredir.{name}" in loaded
     if not name.startswith("backends"):
         assert not [module for module in loaded if module.startswith(("usb.", "libusb_package")) or module == "usb"]
-    above = {module.removeprefix("usbredir.") for module in loaded if module != "usbredir"} - {name}
+    above = {module.removeprefix("usbredir.") for module in loaded if module.startswith("usbredir.")} - {name}
     if not name.startswith("virtual"):
         assert all(LEVEL[module] < LEVEL[name] for module in above)
     if name in ("host", "guest", "parser", "transport"):
@@ -169,7 +169,8 @@ def test_the_host_knows_no_device() -> None:
     while open_:
         name = open_.pop()
         reached.add(name)
-        open_ |= imports(PATHS[name]) - reached
+        # But for one, imported when it is needed: a usb.core.Device is wrapped.
+        open_ |= imports(PATHS[name]) - reached - {"backends.pyusb"}
     assert not [name for name in reached if name.startswith(("virtual", "backends"))]
 
 

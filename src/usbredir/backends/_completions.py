@@ -36,6 +36,7 @@ class Completions(Generic[Item]):
         self._turn = threading.RLock()  # held by the thread that runs completions
         self._condition = threading.Condition()
         self._sockets: tuple[socket.socket, socket.socket] | None = None
+        self._pollfds: Sequence[tuple[int, int]] = ()
         self._closed = False
 
     def handle(
@@ -104,6 +105,8 @@ class Completions(Generic[Item]):
 
     def pollfds(self) -> Sequence[tuple[int, int]]:
         """A socket that is readable while there is a signal."""
+        if self._pollfds:  # asked for in every round
+            return self._pollfds
         with self._condition:
             if self._sockets is None and not self._closed:
                 self._sockets = socket.socketpair()
@@ -111,7 +114,9 @@ class Completions(Generic[Item]):
                     end.setblocking(False)
                 if self.signalled.value:
                     self._tell_pollers()
-            return () if self._sockets is None else ((self._sockets[0].fileno(), POLLIN),)
+            if self._sockets is not None:
+                self._pollfds = ((self._sockets[0].fileno(), POLLIN),)
+            return self._pollfds
 
     def close(self) -> None:
         """Close the sockets; who waits is woken."""
@@ -119,5 +124,6 @@ class Completions(Generic[Item]):
         with self._condition:
             self._closed = True
             sockets, self._sockets = self._sockets, None
+            self._pollfds = ()
         for end in sockets or ():
             end.close()

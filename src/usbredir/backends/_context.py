@@ -92,6 +92,7 @@ class Context:
         self._backend: Any = None  # while it has devices: it must not be collected before them
         self._devices: dict[int, weakref.ref[Owner]] = {}
         self._fds: dict[int, int] = {}
+        self._pollfds: tuple[tuple[int, int], ...] = ()  # the same, made when they change
         self._owners: dict[int, weakref.ref[Owner]] = {}
         self._opening: tuple[int, Owner] | None = None
         self._thread: threading.Thread | None = None
@@ -143,10 +144,12 @@ class Context:
             self._fds[table[index].contents.fd] = table[index].contents.events
             index += 1
         self.library.libusb_free_pollfds(table)
+        self._pollfds = tuple(self._fds.items())
 
     def fd_added(self, fd: int, events: int) -> None:
         """libusb wants *fd* to be polled. In its callback."""
         self._fds[fd] = events
+        self._pollfds = tuple(self._fds.items())
         opening = self._opening
         if opening is not None and opening[0] == threading.get_ident():
             self.own(fd, opening[1])
@@ -154,6 +157,7 @@ class Context:
     def fd_removed(self, fd: int) -> None:
         """A device's descriptor goes when it is closed, and when libusb finds the device gone. In libusb's callback."""
         self._fds.pop(fd, None)
+        self._pollfds = tuple(self._fds.items())
         owner = self._owners.pop(fd, None)
         device = owner() if owner is not None else None
         if device is not None:
@@ -175,7 +179,7 @@ class Context:
 
     def pollfds(self) -> Sequence[tuple[int, int]]:
         """(descriptor, events) pairs; none where libusb has no descriptors, or a thread serves them."""
-        return () if self._thread is not None else tuple(self._fds.items())
+        return () if self._thread is not None else self._pollfds
 
     @property
     def has_pollfds(self) -> bool:

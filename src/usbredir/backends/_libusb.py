@@ -30,7 +30,6 @@ __all__ = [
     "TRANSFER_TYPE",
     "PollFd",
     "TimeVal",
-    "TransferCallback",
     "error_status",
     "load",
 ]
