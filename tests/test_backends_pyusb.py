@@ -348,6 +348,21 @@ device.submit(make(BULK, 0x82, 8, done.append))
 out["serial"] = usb.util.get_string(device.device, device.device.iSerialNumber)
 poll_until(lambda: done)
 
+# so do calls from elsewhere of which nobody tells: a poll looks again after a while
+del done[:]
+import ctypes
+from usbredir.backends import _context
+device.submit(make(BULK, 0x82, 8, done.append))
+if not device._context.threaded:
+    out["foreign_timeout"] = device.next_timeout()
+    end = time.monotonic() + LIMIT
+    while not _context._landed:
+        assert time.monotonic() < end
+        device._library.libusb_handle_events_timeout_completed(
+            device._context._address, ctypes.byref(_context.TimeVal(1, 0)), ctypes.byref(ctypes.c_int(0)))
+    out["foreign_landed"] = device.next_timeout()
+poll_until(lambda: done)
+
 # nothing that lands in a libusb callback runs Python code, so a signal's exception cannot be lost there
 import signal
 def interrupted(number, frame):
@@ -375,8 +390,28 @@ def test_events(driver: str) -> None:
     assert found["raised"] == 2
     assert found["only_waited"]
     assert found["serial"] == "0001"
+    assert found.get("foreign_timeout", 1.0) <= 1.0
+    assert found.get("foreign_landed", 0.0) == 0.0
     assert found["interrupted"]
     assert found["afterwards"] == SUCCESS
+
+
+NO_DESCRIPTORS = """
+from usbredir.backends._context import Context
+Context._read_pollfds = Context.fd_added = lambda self, *arguments: None
+device = backends.open_device("1209:0001")
+device.claim()
+out["pollfds"] = len(device.pollfds())
+out["data"] = told(complete(device, make(BULK, 0x82, 8)))[0]
+out["thread"] = [thread.name for thread in threading.enumerate()]
+device.close()
+"""
+
+
+def test_a_system_without_descriptors() -> None:
+    """Windows: an event thread, asked for or not."""
+    found = vusb.found(NO_DESCRIPTORS)
+    assert found == {"pollfds": 1, "data": SUCCESS, "thread": ["MainThread", "usbredir-libusb"]}
 
 
 SHARED = """
@@ -792,6 +827,52 @@ def test_the_pool_is_bounded(library: ctypes.CDLL) -> None:
     late = pool.take(transfer())
     pool.give(late)
     assert not pool.sizes()
+
+
+def lend(library: ctypes.CDLL, pool: _native.Pool, length: int) -> tuple[_native.NativeTransfer, Transfer]:
+    """A transfer that has received *length* bytes, and the native one whose buffer it reads."""
+    asked = transfer(length=length)
+    native = pool.take(asked)
+    native.fill(asked, 1, 2)
+    _libusb.RESULT.pack_into(_libusb.bytes_at(native.address, 60), _libusb.STATUS_OFFSET, 0, length, length)
+    native.read(asked)
+    pool.give(native)
+    return native, asked
+
+
+def test_lent_buffers(library: ctypes.CDLL) -> None:
+    """Large data is a view of the buffer, which is not used again, nor freed, before nobody refers to it."""
+    pool = _native.Pool(library)
+    native, received = lend(library, pool, 1 << 20)
+    address = native.address
+    assert native.lent
+    assert isinstance(received.data, memoryview)
+    assert received.data.readonly
+    other = pool.take(transfer(length=1 << 20))
+    assert other is not native
+    pool.give(other)
+    part = received.data[5:10]
+    received.data = b""
+    assert native.lent
+    del part
+    assert not native.lent
+    assert {pool.take(transfer(length=1 << 20)).address for _ in range(2)} == {address, other.address}
+
+
+def test_what_is_lent_is_bounded(library: ctypes.CDLL) -> None:
+    """Buffers that nobody looks at any more are not kept for ever, however large; nothing is kept after close."""
+    pool = _native.Pool(library)
+    held = [lend(library, pool, 5_000_000) for _ in range(4)]
+    assert pool._lent_bytes <= _native.MAX_POOLED_BYTES
+    held[3][1].data[:3]
+    late = lend(library, pool, 1 << 20)
+    pool.close()
+    assert pool._lent_bytes == 0
+    assert not pool._lent
+    again = lend(library, pool, 1 << 20)
+    assert not pool._lent
+    assert bytes(again[1].data[:1]) == bytes(late[1].data[:1]) == b"\0"
+    held.clear()
 
 
 def test_lengths_of_the_c_structure() -> None:

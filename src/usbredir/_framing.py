@@ -140,7 +140,7 @@ class Decoder:
 
     def wanted(self) -> int:
         """How many bytes to ask the transport for, at least 1."""
-        skip = skippable(self.skip)
+        skip = self.skip and skippable(self.skip)
         if skip:
             return min(skip, READ_SIZE)
         if self._large is not None:
@@ -150,7 +150,7 @@ class Decoder:
     def take(self, piece: bytes | memoryview) -> None:
         """Add received bytes, at most :meth:`wanted` of them, which nobody changes. Call :meth:`parse` next."""
         self._ask = READ_SIZE
-        skip = skippable(self.skip)
+        skip = self.skip and skippable(self.skip)
         if skip:
             dropped = min(skip, len(piece))
             self.skip -= dropped

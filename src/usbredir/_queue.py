@@ -112,7 +112,9 @@ class OutputQueue:
 
     def exceeds(self, packets: int, size: int) -> bool:
         """Whether more than so many packets, or bytes, wait. One call, for one that is made at every packet."""
-        return len(self._entries) > packets or self.size > size
+        if not self._counting:
+            return len(self._entries) > packets or self.size > size
+        return len(self._entries) > packets or self._bytes_in - self._bytes_out > size
 
     def push_unlimited(self, entry: Entry) -> None:
         """Append a packet that the peer waits for, whatever the limits."""

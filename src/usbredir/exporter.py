@@ -148,6 +148,7 @@ class Listening:
 
     def __init__(self, address: str) -> None:
         self._listener: Listener = listen(address)
+        self._wanted = ((self._listener.fileno(), POLLIN),)
         self.address = str(self._listener.address)
 
     def start(self, report: Report, *, wait: bool) -> None:
@@ -156,7 +157,11 @@ class Listening:
 
     def wanted(self) -> Sequence[tuple[int, int]]:
         """Descriptors to poll."""
-        return ((self._listener.fileno(), POLLIN),)
+        return self._wanted
+
+    def wanted_while_busy(self) -> Sequence[tuple[int, int]]:
+        """The same: who comes has to be turned away."""
+        return self._wanted
 
     def timeout(self) -> float | None:
         """Seconds until :meth:`step` is due by itself, or None."""
@@ -214,6 +219,10 @@ class Connecting:
     def wanted(self) -> Sequence[tuple[int, int]]:
         """Descriptors to poll."""
         return () if self._connector is None else ((self._connector.fileno(), POLLOUT),)
+
+    def wanted_while_busy(self) -> Sequence[tuple[int, int]]:
+        """None: nobody else can come."""
+        return ()
 
     def timeout(self) -> float | None:
         """Seconds until the next attempt, or until this one has taken too long."""
@@ -333,28 +342,26 @@ class Exporter:
 
     def wanted(self) -> list[tuple[int, int]]:
         """Descriptors to poll."""
-        session, device = self._session, self._device
-        wanted: list[tuple[int, int]] = []
-        if session is not None:
-            wanted += session.wanted()  # with the device's
-        elif device is not None:
-            wanted += device.pollfds()
-        if session is None or type(self._peer) is Listening:
-            wanted += self._peer.wanted()
+        device = self._device
+        if self._session is not None:
+            wanted = self._session.wanted()  # with the device's
+            wanted += self._peer.wanted_while_busy()
+        else:
+            wanted = [*self._peer.wanted()]
+            if device is not None:
+                wanted += device.pollfds()
         if device is None:
             wanted += self._source.pollfds()
         return wanted
 
     def timeout(self) -> float | None:
         """Seconds until :meth:`step` is due without any descriptor being ready, or None."""
-        waits = []
-        if self._device is not None:
-            waits.append(self._device.next_timeout())
+        wait = None if self._device is None else self._device.next_timeout()
         if self._session is None:
-            waits.append(self._peer.timeout())
+            wait = _sooner(wait, self._peer.timeout())
         if self._check_at is not None:
-            waits.append(max(0.0, self._check_at - self._clock()))
-        return min((wait for wait in waits if wait is not None), default=None)
+            wait = _sooner(wait, max(0.0, self._check_at - self._clock()))
+        return wait
 
     def step(self, ready: Mapping[int, int]) -> None:
         """One round. Raises nothing that a guest or a device can cause; see *ended* and *error*."""
@@ -537,6 +544,13 @@ def _clear_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def _sooner(one: float | None, other: float | None) -> float | None:
+    """The shorter of two waits; None is for ever."""
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
+
+
 def run(exporters: Sequence[Exporter], *, stop_fd: int | None = None) -> None:
     """Run *exporters*, which were started, until all have ended or *stop_fd* becomes readable; then close them.
 
@@ -545,14 +559,19 @@ def run(exporters: Sequence[Exporter], *, stop_fd: int | None = None) -> None:
     poller = Poller()
     stop = [] if stop_fd is None else [(stop_fd, POLLIN)]
     try:
-        while running := [exporter for exporter in exporters if not exporter.ended]:
-            wanted = stop + [pair for exporter in running for pair in exporter.wanted()]
-            waits = [wait for exporter in running if (wait := exporter.timeout()) is not None]
-            ready = poller.wait(wanted, min(waits, default=None))
+        running = list(exporters)
+        while running:
+            wanted, wait = stop[:], None
+            for exporter in running:
+                wanted += exporter.wanted()
+                wait = _sooner(wait, exporter.timeout())
+            ready = poller.wait(wanted, wait)
             if stop_fd is not None and stop_fd in ready:
                 return
             for exporter in running:
                 exporter.step(ready)
+                if exporter.ended:
+                    running = [one for one in running if one is not exporter]
     finally:
         for exporter in exporters:
             exporter.close()

@@ -286,8 +286,9 @@ class Host(StreamHost):
 
     def _must_pause_reading(self) -> bool:
         """Asked before every read: delivers a pending error at the same place as the original."""
-        self._raise_error()
-        return self.reading_paused
+        if self._error is not None:
+            self._raise_error()
+        return self._parser.backlog_exceeds(self._most_packets, self._most_bytes)
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None

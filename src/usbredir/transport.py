@@ -107,10 +107,8 @@ class Connection:
         self.bytes_sent = 0
         self._socket = sock
         self._drained = False
-
-    def fileno(self) -> int:
-        """The descriptor, for polling; -1 when closed."""
-        return self._socket.fileno()
+        self.fileno: Callable[[], int] = sock.fileno
+        """The descriptor, for polling; -1 when closed. The socket's own method: it is asked for in every round."""
 
     def keep_alive(self, *, idle: int = KEEP_ALIVE_IDLE, unanswered: float | None = None) -> None:
         """Let the system find out when the peer's machine is gone; nothing to do for Unix sockets.

@@ -46,15 +46,17 @@ class Completions(Generic[Item]):
 
         When another thread is doing so, that one does the work and this call only waits.
         """
-        limit = -1.0 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)
-        if not self._turn.acquire(timeout=limit):
-            return
+        if not self._turn.acquire(blocking=False):
+            limit = -1.0 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)
+            if not limit or not self._turn.acquire(timeout=limit):
+                return
         try:
             # Cleared before looking for work: what comes later signals again.
-            if self._clear() or self.done:
+            if self.done or (self.signalled.value and self._clear()):
                 timeout = 0.0
             wait(timeout)
-            self._clear()
+            if self.signalled.value:
+                self._clear()
             # What completions submit is for the next call: a busy device must not keep its caller for ever.
             for _ in range(len(self.done)):
                 if not self.done:  # a completion has handled events itself

@@ -210,11 +210,10 @@ class Context:
             seconds = LONG if timeout is None else min(max(timeout, 0.0), LONG)
             wait = TimeVal(*divmod(math.ceil(seconds * 1e6), 1_000_000))
         try:
-            code = self.library.libusb_handle_events_timeout_completed(
-                self._address, ctypes.byref(wait), ctypes.byref(signalled)
-            )
+            code = self.library.libusb_handle_events_timeout_completed(self._address, wait, signalled)
         finally:
-            deliver()
+            if _landed:
+                deliver()
         if code < 0 and code != _libusb.ERROR_INTERRUPTED:
             raise DeviceError(f"libusb cannot handle events: {self.describe(code)}")
 

@@ -41,7 +41,7 @@ MAX_POOLED = 64
 MAX_LENT = 64
 """Transfers whose buffers are in use that a device remembers; others are let go."""
 MAX_POOLED_BYTES = 16 * 1024 * 1024
-"""Idle buffers that a device keeps, in bytes, of all sizes together."""
+"""Idle buffers that a device keeps, in bytes, of all sizes together; and as many that are lent."""
 MAX_CONTROL = 0xFFFF
 """Longest data stage of a control transfer, in bytes."""
 MAX_LENGTH = 1 << 30
@@ -259,6 +259,7 @@ class Pool:
         self._lent: deque[NativeTransfer] = deque()  # idle but for a view that is in use, in the order of lending
         self._idle: dict[tuple[int, int], list[NativeTransfer]] = {}
         self._bytes = 0
+        self._lent_bytes = 0
         self._closed = False
 
     def take(self, transfer: Transfer) -> NativeTransfer:
@@ -277,10 +278,10 @@ class Pool:
     def give(self, native: NativeTransfer) -> None:
         """Keep a native transfer for later, unless there are enough."""
         native.owner = native.transfer = None
-        if native.lent:
-            self._lent.append(native)
-            return
         capacity = native.capacity
+        if native.lent:
+            self._remember(native)
+            return
         if self._bytes + capacity > MAX_POOLED_BYTES:
             self._free_idle()  # sizes that were wanted once must not keep out those wanted now
         idle = self._idle.setdefault((capacity, native.packets), [])
@@ -290,17 +291,31 @@ class Pool:
             idle.append(native)
             self._bytes += capacity
 
+    def _remember(self, native: NativeTransfer) -> None:
+        """Keep a native transfer whose buffer is in use, unless there are enough."""
+        if self._closed or self._lent_bytes + native.capacity > MAX_POOLED_BYTES:
+            native.free()  # the C structure; the buffer lives as long as its view
+        else:
+            self._lent.append(native)
+            self._lent_bytes += native.capacity
+
     def _collect(self) -> None:
         """Take back what is not lent any more. Views end in about the order in which they were lent."""
         lent = self._lent
         while lent and not lent[0].lent:
-            self.give(lent.popleft())
+            self._give_back(lent.popleft())
         if len(lent) > MAX_LENT:
             for native in [native for native in lent if not native.lent]:
                 lent.remove(native)
-                self.give(native)
+                self._give_back(native)
             while len(lent) > MAX_LENT:
-                lent.popleft().free()  # the C structure; the buffer lives as long as its view
+                native = lent.popleft()
+                self._lent_bytes -= native.capacity
+                native.free()
+
+    def _give_back(self, native: NativeTransfer) -> None:
+        self._lent_bytes -= native.capacity
+        self.give(native)
 
     def close(self) -> None:
         """Free what is idle; what comes back later is freed then."""
@@ -308,6 +323,7 @@ class Pool:
         self._free_idle()
         while self._lent:
             self._lent.popleft().free()
+        self._lent_bytes = 0
 
     def _free_idle(self) -> None:
         for idle in self._idle.values():

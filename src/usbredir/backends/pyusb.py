@@ -48,6 +48,9 @@ CLOSE_LIMIT = 5.0
 """Seconds to wait for cancelled transfers in close; then the handle is leaked on purpose."""
 DRAIN_STEP = 0.05
 """Seconds of one wait meanwhile."""
+LOOK_AGAIN = 1.0
+"""Seconds between looks at transfers in flight: a synchronous call of pyusb in another thread may complete them, which
+no descriptor tells."""
 MAX_IDLE_ROUNDS = 20
 """Such waits for completions that are not libusb's any more."""
 
@@ -232,7 +235,12 @@ class LibusbDevice(BaseDevice):
 
     def next_timeout(self) -> float | None:
         """Seconds until handle_events is due without any descriptor being ready, or None."""
-        return 0.0 if self._completions.done else self._context.next_timeout()
+        if self._completions.done:
+            return 0.0
+        wait = self._context.next_timeout()
+        if self._flying and not self._context.threaded:
+            return LOOK_AGAIN if wait is None else min(wait, LOOK_AGAIN)
+        return wait
 
     # ------------------------------------------------------------ end
 
