@@ -28,7 +28,7 @@ from . import _libusb
 from ._libusb import TimeVal
 from ._native import NativeTransfer, Owner
 
-__all__ = ["COMPLETION_ADDRESS", "Context", "deliver", "is_in_flight"]
+__all__ = ["COMPLETION_ADDRESS", "Context", "deliver", "is_in_flight", "submit"]
 
 logger = logging.getLogger("usbredir.backends.pyusb")
 
@@ -64,6 +64,16 @@ def deliver() -> None:
                     owner.signal()
             if _landed and _landed[0] == address:  # the collector may have closed a device meanwhile
                 _landed.popleft()
+
+
+def submit(library: ctypes.CDLL, native: NativeTransfer) -> int:
+    """Start a transfer that was filled; libusb's error code."""
+    address = native.address
+    _in_flight[address] = native
+    code: int = library.libusb_submit_transfer(address)
+    if code:
+        del _in_flight[address]
+    return code
 
 
 def is_in_flight(native: NativeTransfer) -> bool:
@@ -300,17 +310,6 @@ class Context:
         for ours in self.devices():
             if ours.is_libusb_device(device):
                 ours.mark_lost()
-
-    # ------------------------------------------------------------ transfers
-
-    def submit(self, native: NativeTransfer) -> int:
-        """Start a transfer that was filled; libusb's error code."""
-        address = native.address
-        _in_flight[address] = native
-        code: int = self.library.libusb_submit_transfer(address)
-        if code:
-            del _in_flight[address]
-        return code
 
 
 def _on_fd_added(fd: int, events: int, address: int) -> None:

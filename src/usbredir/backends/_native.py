@@ -28,6 +28,7 @@ from ._libusb import HEAD, NO_ISO_DATA, RESULT, STATUS_OFFSET, TRANSFER_STATUS, 
 
 __all__ = ["NativeTransfer", "Owner", "Pool", "is_sound"]
 
+SUCCESS = Status.SUCCESS
 SETUP = struct.Struct("<BBHHH")
 SETUP_LIMITS = (0xFF, 0xFF, 0xFFFF, 0xFFFF)
 SMALLEST = 1024
@@ -87,6 +88,18 @@ def is_sound(transfer: Transfer) -> bool:
     return kind is TransferType.ISO and len(lengths) > 0 and min(lengths) >= 0 and sum(lengths) == length
 
 
+def description(transfer: Transfer) -> tuple[Any, ...]:
+    """All that matters of an IN transfer without a setup packet."""
+    return (
+        transfer.kind,
+        transfer.endpoint,
+        transfer.length,
+        transfer.timeout,
+        transfer.stream_id,
+        transfer.iso_lengths,
+    )
+
+
 @cache
 def _iso_layout(packets: int) -> struct.Struct:
     """length, actual_length and status of each isochronous packet."""
@@ -101,10 +114,10 @@ class NativeTransfer:
         owner: the device whose transfer it is at present.
         transfer: what it carries at present; None: it is idle.
         lent: a view of its buffer is in use.
+        described: the :func:`description` of the IN transfer that the C structure describes; None: another kind.
     """
 
     __slots__ = (
-        "_described",
         "_head",
         "_iso",
         "_lease",
@@ -115,6 +128,7 @@ class NativeTransfer:
         "buffer",
         "buffer_address",
         "capacity",
+        "described",
         "lent",
         "owner",
         "packets",
@@ -139,12 +153,7 @@ class NativeTransfer:
         self.lent = False
         self._lease: weakref.ref[Any] | None = None
         self._sent: Any = None  # keeps what is sent from where it is
-        self._described: tuple[Any, ...] | None = None  # the IN transfer that the C structure describes
-
-    def has_room_for(self, transfer: Transfer) -> bool:
-        """Whether it can carry *transfer*."""
-        size = transfer.length + (SETUP.size if transfer.kind is TransferType.CONTROL else 0)
-        return self.capacity >= size and self.packets == len(transfer.iso_lengths)
+        self.described: tuple[Any, ...] | None = None
 
     def fill(self, transfer: Transfer, handle: int, callback: int) -> None:
         """Describe *transfer*, which is sound, to libusb. The buffer is large enough, see :meth:`Pool.take`."""
@@ -167,10 +176,10 @@ class NativeTransfer:
                 self._view[:length] = transfer.data
         else:
             # libusb leaves all of this as it is: what is done again and again is described once.
-            described = transfer.kind, endpoint, length, transfer.timeout, transfer.stream_id, transfer.iso_lengths
-            if described == self._described:
+            described = description(transfer)
+            if described == self.described:
                 return
-        self._described = described
+        self.described = described
         kind = TRANSFER_TYPE[transfer.kind]
         if transfer.stream_id:
             kind = _libusb.TYPE_BULK_STREAM
@@ -204,21 +213,22 @@ class NativeTransfer:
     def read(self, transfer: Transfer) -> None:
         """Tell *transfer* how it went. What libusb says is checked against what was asked for."""
         code, _, actual = RESULT.unpack_from(self._head, STATUS_OFFSET)
-        transfer.status = TRANSFER_STATUS.get(code, Status.IOERROR)
-        transfer.device_lost = code == _libusb.TRANSFER_NO_DEVICE
+        if code:
+            transfer.status = TRANSFER_STATUS.get(code, Status.IOERROR)
+            transfer.device_lost = code == _libusb.TRANSFER_NO_DEVICE
+        else:
+            transfer.status = SUCCESS
         if not 0 <= actual <= transfer.length:
             actual = min(max(actual, 0), transfer.length)
         transfer.actual_length = actual
-        self._sent = None
-        if self.packets:
+        if self.described is not None and not self.packets:
+            transfer.data = self._view[:actual].tobytes() if actual < LARGE else self._lend(actual)
+        elif self.packets:
             self._read_packets(transfer)
         elif transfer.endpoint & 0x80:
-            if transfer.kind is TransferType.CONTROL:
-                transfer.data = self._view[SETUP.size : SETUP.size + actual].tobytes()
-            elif actual < LARGE:
-                transfer.data = self._view[:actual].tobytes()
-            else:
-                transfer.data = self._lend(actual)
+            transfer.data = self._view[SETUP.size : SETUP.size + actual].tobytes()
+        else:
+            self._sent = None
 
     def _lend(self, count: int) -> memoryview:
         """The first *count* bytes of the buffer, which stay as they are while anybody refers to them."""
