@@ -1,4 +1,4 @@
-"""A whole host over the virtual USB bus, beside usbredirect: ``python bench/host.py --peer-root DIR``. See README.md."""
+"""A whole host over the virtual USB bus, beside usbredirect: ``bench/host.py --peer-root DIR``. See README.md."""
 
 from __future__ import annotations
 

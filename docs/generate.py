@@ -164,7 +164,7 @@ def modules(*, private: bool) -> str:
     for path in sorted(source.rglob("*.py"), key=lambda p: (len(p.relative_to(source).parts), p.as_posix())):
         name = ".".join(path.relative_to(source).with_suffix("").parts)
         first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n\n")[0]
-        if name.startswith("_") is private and not name.endswith("__init__"):
+        if ("._" in f".{name}") is private and not name.endswith("__init__"):
             rows.append((f"`usbredir.{name}`", in_one_line(first).rstrip(":")))
     return table("module|what it is", rows)
 

@@ -153,7 +153,7 @@ def test_the_table_of_packets_is_complete() -> None:
 
 
 def reason_keys() -> set[str]:
-    written = re.compile(r"""reason=["'](\w+)["']|_refused\([^)]*, ["'](\w+)["']\)""")
+    written = re.compile(r"""reason ?=\s?["'](\w+)["']|_refused\([^)]*, ["'](\w+)["']\)""")
     found = {
         key
         for path in SOURCE.rglob("*.py")

@@ -1757,8 +1757,11 @@ def test_a_row_is_sent_like_its_packet(data: st.DataObject) -> None:
     packet = data.draw(packets(HOST, mask_of(ALL), mask_of(ALL)))
     host, end, _, _ = parser_pair()
     outputs = []
-    for send in (lambda: host.send(packet), lambda: host.send_row(type(packet), tuple(packet))):
-        send()
+    for as_row in (False, True):
+        if as_row:
+            host.send_row(type(packet), tuple(packet))
+        else:
+            host.send(packet)
         host.do_write()
         outputs.append(end.take_output())
     assert outputs[0] == outputs[1]

@@ -191,6 +191,7 @@ class Host(StreamHost):
             locks=locks,
             limits=replace(limits, max_queued_packets=None, max_queued_bytes=None),
         )
+        self._backlog_exceeds = self._parser.backlog_exceeds
         if device is not None:
             try:
                 self.set_device(device)
@@ -241,7 +242,7 @@ class Host(StreamHost):
     @property
     def reading_paused(self) -> bool:
         """Too many replies wait: do not wait for input before some were written. Threads: any number of callers."""
-        return self._parser.backlog_exceeds(self._most_packets, self._most_bytes)
+        return self._backlog_exceeds(self._most_packets, self._most_bytes)
 
     def log(self, level: LogLevel, message: str) -> None:
         """Write a message to the application's log. Threads: any number of callers."""
@@ -250,7 +251,7 @@ class Host(StreamHost):
     @property
     def _overloaded(self) -> bool:
         """The guest does not keep up with what streams bring."""
-        return self._parser.backlog_exceeds(self._most_stream_packets, self._most_bytes)
+        return self._backlog_exceeds(self._most_stream_packets, self._most_bytes)
 
     @property
     def device(self) -> UsbDevice | None:
@@ -288,7 +289,7 @@ class Host(StreamHost):
         """Asked before every read: delivers a pending error at the same place as the original."""
         if self._error is not None:
             self._raise_error()
-        return self._parser.backlog_exceeds(self._most_packets, self._most_bytes)
+        return self._backlog_exceeds(self._most_packets, self._most_bytes)
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None

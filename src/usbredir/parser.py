@@ -175,8 +175,6 @@ class Parser:
             counting=usb_host,
         )
         self._push = self._queue.push
-        self.backlog_exceeds: Callable[[int, int], bool] = self._queue.exceeds
-        """``backlog_exceeds(packets, bytes)``: whether more than so many are queued. Threads: any number of callers."""
         receives = Direction.GUEST_TO_HOST if usb_host else Direction.HOST_TO_GUEST
         self._decoder = Decoder(receives, limits, self._special_packet)
         self._settle()
@@ -365,6 +363,14 @@ class Parser:
     def has_data_to_write(self) -> int:
         """Packets queued, a partly written one included. Threads: any number of callers."""
         return len(self._queue)
+
+    @property
+    def backlog_exceeds(self) -> Callable[[int, int], bool]:
+        """``backlog_exceeds(packets, bytes)``: whether more than so many are queued. Threads: any number of callers.
+
+        A function that can be kept: it is asked at every packet.
+        """
+        return self._queue.exceeds
 
     def buffered_output_size(self) -> int:
         """Bytes queued, a partly written packet counted whole. Threads: any number of callers."""
