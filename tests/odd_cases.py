@@ -1328,7 +1328,7 @@ CONFIGURATIONS = (
     ),
     case(
         "a configuration under streams",
-        Ask(StartInterruptReceiving(id=1, endpoint=INTERRUPT_IN), receive_bulk(2, LOOP_IN, 512, 2)),
+        Ask(receive_bulk(2, LOOP_IN, 512, 2), StartInterruptReceiving(id=1, endpoint=INTERRUPT_IN)),
         Await(InterruptPacket, 3),
         Ask(SetConfiguration(id=3, configuration=2)),
         FENCE,
