@@ -62,6 +62,7 @@ class StreamHost(ABC):
     _layout: DeviceLayout | None
     _flying: dict[Transfer, None]
     _freshly_reset: bool
+    _flush_due: bool
 
     def __init__(self) -> None:
         self._streams: dict[int, Stream] = {}  # by endpoint address
@@ -231,7 +232,8 @@ class StreamHost(ABC):
                     self._recover(stream)
                 else:
                     self._serve[stream.__class__](stream, transfer)
-        self._flush()
+        if self._flush_due:
+            self._flush()
 
     def _recover(self, stream: Stream) -> None:
         """The endpoint stalled: clear it and start again, ids from 0, without the guest noticing."""

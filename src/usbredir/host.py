@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -156,7 +157,8 @@ class Host(StreamHost):
         self._flush_due = False
         self._flying: dict[Transfer, None] = {}  # everything submitted and not completed, in order
         self._flying_bytes = 0
-        self._requests: dict[int, list[Transfer]] = {}  # single transfers by packet id, those not cancelled
+        self._requests: dict[int, Transfer] = {}  # single transfers by packet id, those not cancelled
+        self._repeated: dict[int, deque[Transfer]] = {}  # those whose id was in use already, in order
         self._handlers: dict[type[Packet], Callable[[Any], None]] = {
             Hello: self._on_hello,
             Reset: self._on_reset,
@@ -303,9 +305,10 @@ class Host(StreamHost):
         else:
             with self._guard:
                 handler(packet)
-        if isinstance(self._error, DeviceLostError):
+        if self._error is not None and isinstance(self._error, DeviceLostError):
             self._drop_device()
-        self._flush()
+        if self._flush_due:
+            self._flush()
 
     def _send(self, packet: Packet) -> None:
         """Queue a packet; what the guest's capabilities forbid is only logged."""
@@ -397,6 +400,7 @@ class Host(StreamHost):
             return
         with self._guard:
             self._requests.clear()
+            self._repeated.clear()
             for transfer in self._flying:
                 if not isinstance(transfer.context, Stream):
                     transfer.context = None  # nobody is answered
@@ -641,7 +645,7 @@ class Host(StreamHost):
             transfer.timeout = CONTROL_TIMEOUT
         elif stream_id:
             transfer.stream_id = stream_id
-        self._requests.setdefault(packet.id, []).append(transfer)
+        self._remember_request(packet.id, transfer)
         status = self._submit(transfer)
         if status:
             self._forget_request(packet.id, transfer)
@@ -685,14 +689,26 @@ class Host(StreamHost):
                     self._answer(packet, transfer.status, len(data), data)
                 else:
                     self._answer(packet, transfer.status, transfer.actual_length, b"")
-        self._flush()
+        if self._flush_due:
+            self._flush()
+
+    def _remember_request(self, packet_id: int, transfer: Transfer) -> None:
+        if packet_id in self._requests:  # guests may use an id again while it is in use
+            self._repeated.setdefault(packet_id, deque()).append(transfer)
+        else:
+            self._requests[packet_id] = transfer
 
     def _forget_request(self, packet_id: int, transfer: Transfer) -> None:
-        same_id = self._requests[packet_id]
-        if len(same_id) == 1:
+        if not self._repeated or packet_id not in self._repeated:
             del self._requests[packet_id]
+            return
+        later = self._repeated[packet_id]
+        if self._requests[packet_id] is transfer:
+            self._requests[packet_id] = later.popleft()
         else:
-            same_id.remove(transfer)
+            later.remove(transfer)
+        if not later:
+            del self._repeated[packet_id]
 
     def _refuse(self, packet: DataRequest, status: int) -> None:
         self._answer(packet, status, 0, b"")
@@ -704,10 +720,9 @@ class Host(StreamHost):
 
     def _on_cancel(self, packet: CancelDataPacket) -> None:
         """Answered at once; what the transfer brings later is dropped. Unknown: it has completed meanwhile."""
-        same_id = self._requests.get(packet.id)
-        if not same_id:
+        transfer = self._requests.get(packet.id)
+        if transfer is None:
             return
-        transfer = same_id[0]
         request = transfer.context
         self._forget_request(packet.id, transfer)
         transfer.context = None
