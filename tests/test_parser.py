@@ -1752,32 +1752,43 @@ def test_a_bad_header_that_is_still_to_be_told_is_not_serialized() -> None:
 
 
 @given(st.data())
-def test_a_row_is_sent_like_its_packet(data: st.DataObject) -> None:
-    """send_row puts out what send does, or refuses with the same reason."""
+def test_a_sender_sends_like_send(data: st.DataObject) -> None:
+    """Values in place of a packet: the same bytes."""
     packet = data.draw(packets(HOST, mask_of(ALL), mask_of(ALL)))
     host, end, _, _ = parser_pair()
-    outputs = []
-    for as_row in (False, True):
-        if as_row:
-            host.send_row(type(packet), tuple(packet))
-        else:
-            host.send(packet)
-        host.do_write()
-        outputs.append(end.take_output())
-    assert outputs[0] == outputs[1]
-    assert outputs[0]
+    host.send(packet)
+    host.do_write()
+    expected = end.take_output()
+    values = packet.as_dict()
+    host.sender(type(packet), *values)(*values.values())
+    host.do_write()
+    assert end.take_output() == expected
 
 
-def test_a_row_that_breaks_a_rule_is_refused() -> None:
+def test_a_replier_replaces_the_result() -> None:
+    host, end, _, _ = parser_pair()
+    request = BulkPacket(id=5, endpoint=0x81, length=64, stream_id=3)
+    host.send(request.replace(status=4, length=2, data=b"ab"))
+    host.replier(BulkPacket)(request, 4, 2, b"ab")
+    host.do_write()
+    output = end.take_output()
+    assert output[: len(output) // 2] == output[len(output) // 2 :]
+
+
+@pytest.mark.parametrize(
+    "packet", [BulkPacket(endpoint=0x01, data=b"an answer has none"), BulkPacket(endpoint=0x81, status=256)]
+)
+def test_a_sender_refuses_like_send(packet: Packet) -> None:
+    """With the same words, and nothing is queued."""
     host = Parser(End(), usb_host=True)
     waiting = host.has_data_to_write()
-    for packet in (BulkPacket(endpoint=0x01, data=b"an answer has none"), BulkPacket(endpoint=0x81, status=256)):
-        with pytest.raises(LocalProtocolError) as by_send:
-            host.send(packet)
-        with pytest.raises(LocalProtocolError) as by_row:
-            host.send_row(type(packet), tuple(packet))
-        assert str(by_row.value) == str(by_send.value)
-        assert by_row.value.reason == by_send.value.reason
+    values = packet.as_dict()
+    with pytest.raises(LocalProtocolError) as by_send:
+        host.send(packet)
+    with pytest.raises(LocalProtocolError) as by_sender:
+        host.sender(type(packet), *values)(*values.values())
+    assert str(by_sender.value) == str(by_send.value)
+    assert by_sender.value.reason == by_send.value.reason
     assert host.has_data_to_write() == waiting
 
 

@@ -36,8 +36,7 @@ __all__ = [
     "array",
     "compile_decoder",
     "compile_encoder",
-    "compile_reply",
-    "compile_row",
+    "REPLY",
     "compile_run",
     "constructor",
     "describe_layout",
@@ -326,9 +325,31 @@ def _conversions(declaration: Declaration, both: int, namespace: dict[str, Any])
     return lines
 
 
+REPLY = ("packet", "status", "length", "data")
+"""What an encoder of replies is given: the request, and what replaces its status, length and data."""
+
+
+def _values(declaration: Declaration, given: tuple[str, ...], namespace: dict[str, Any]) -> list[str]:
+    """From what an encoder is given to the values of a packet."""
+    stored = declaration.stored
+    if given == ("packet",):
+        return [f"    {', '.join(stored)}, = packet"]
+    if given == REPLY:
+        return [f"    {', '.join(f'{name}_' if name in REPLY else name for name in stored)}, = packet"]
+    missing = [f for f in declaration.fields if f.name not in given]
+    namespace.update({f"given_{f.name}": f.default for f in missing})
+    return [f"    {f.name} = given_{f.name}" for f in missing]
+
+
 @lru_cache(maxsize=4096)
 def _encoder(
-    declaration: Declaration, wide_ids: bool, both: int, allowed: bool, travel: Direction, max_bulk: int, owned: bool
+    declaration: Declaration,
+    wide_ids: bool,
+    both: int,
+    allowed: bool,
+    travel: Direction,
+    max_bulk: int,
+    given: tuple[str, ...],
 ) -> Callable[..., Any]:
     parts = declaration.header_fields(both)
     id_value = "0" if not declaration.carries_id else "id" if wide_ids else "id & 0xFFFFFFFF"
@@ -340,8 +361,8 @@ def _encoder(
         "large": Large,
     }
     lines = _needs(declaration, allowed)
-    lines.append(f"    {', '.join(declaration.stored)}, = packet")
-    if declaration.transfers and not owned:
+    lines += _values(declaration, given, namespace)
+    if declaration.transfers and given == ("packet",):
         lines.append("    if data.__class__ is not bytes: data = snapshot(data)")
     values = []
     for f in declaration.fields:
@@ -374,30 +395,8 @@ def _encoder(
         lines.append(f"    return large({head}, data)")
     else:
         lines.append(f"    return {head}")
-    source = "def encode(packet):\n" + "\n".join(lines)
+    source = f"def encode({', '.join(given)}):\n" + "\n".join(lines)
     return _execute(source, "encode", namespace, declaration)
-
-
-def compile_row(declaration: Declaration, *given: str) -> Callable[..., tuple[Any, ...]]:
-    """``row(given...)``: what a packet stores, as a plain tuple; what is not given has its default.
-
-    For encoders of packets that nobody is to see: the packet object costs 290 ns.
-    """
-    namespace: dict[str, Any] = {f"default_{f.name}": f.default for f in declaration.fields}
-    values = [name if name in given else f"default_{name}" for name in declaration.stored]
-    source = f"def row({', '.join(given)}):\n    return ({', '.join(values)},)"
-    return _execute(source, "row", namespace, declaration)
-
-
-def compile_reply(declaration: Declaration) -> Callable[[Any, int, int, Any], tuple[Any, ...]]:
-    """``reply(packet, status, length, data)``: what a data packet stores, as a plain tuple, with these replaced."""
-    replaced = ("status", "length", "data")
-    before = [f"{name}_" if name in replaced else name for name in declaration.stored]
-    source = (
-        f"def reply(packet, status, length, data):\n    {', '.join(before)}, = packet\n"
-        f"    return ({', '.join(declaration.stored)},)"
-    )
-    return _execute(source, "reply", {}, declaration)
 
 
 def compile_encoder(
@@ -407,18 +406,19 @@ def compile_encoder(
     peer: int,
     travel: Direction,
     max_bulk: int,
-    *,
-    owned: bool = False,
-) -> Callable[[Any], bytes | Large]:
+    given: tuple[str, ...] = ("packet",),
+) -> Callable[..., bytes | Large]:
     """``encode(packet)``: the whole packet as bytes, or :class:`Large` for a payload above :data:`SMALL`.
 
-    *packet* may be the plain tuple of what it stores. With *owned* the data is never copied: it stays as it is.
+    *given* tells what it is called with in place of a packet, for packets that nobody is to see (making one costs
+    290 ns): names of values, the rest have their defaults; or :data:`REPLY`. Data is not copied then.
+
     The encoder raises :class:`Reject`, and struct.error, ValueError or TypeError for a value that has no place
     in its field.
     """
     allowed = declaration.needs is None or has(peer, declaration.needs)
     both &= declaration.capabilities
-    return _encoder(declaration, wide_ids, both, allowed, travel, max_bulk, owned)
+    return _encoder(declaration, wide_ids, both, allowed, travel, max_bulk, given)
 
 
 def _needs(declaration: Declaration, allowed: bool) -> list[str]:

@@ -26,7 +26,7 @@ class Link(ParserCallbacks):
         self._application = application
         self._hold = hold
         # No method of its own: one call less for every packet.
-        self.packet_received = received  # type: ignore[method-assign]
+        self.packet_received = received  # type: ignore[method-assign, assignment]
         readinto = getattr(application, "readinto", None)
         if readinto is not None:
             self.readinto = lambda buffer: None if hold() else readinto(buffer)

@@ -12,7 +12,7 @@ Source: docs/host.md, "Streams".
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,6 +28,7 @@ from ._streams import (
     status_packet,
 )
 from .device import Transfer, UsbDevice
+from .errors import LocalProtocolError
 from .packets import (
     IsoPacket,
     Packet,
@@ -43,6 +44,8 @@ from .proto import Capability, Status, TransferType
 
 __all__ = ["StreamHost"]
 
+RECEIVED = ("id", "endpoint", "status", "length", "data")
+"""What tells packets of received data apart; all kinds of them have these."""
 ENDPOINT_BITS = 0x8F
 """The bits of an endpoint address that mean something."""
 MISSING = EndpointSlot(TransferType.INVALID)
@@ -67,6 +70,7 @@ class StreamHost(ABC):
     def __init__(self) -> None:
         self._streams: dict[int, Stream] = {}  # by endpoint address
         self._warned: set[int] = set()  # endpoints whose drops were told
+        self._send_received: dict[type[Packet], Callable[..., None]] = {}  # received data, by class of its packet
         # What is to be done with a completed transfer, by the kind of its stream.
         self._serve: dict[type[Stream], Callable[[Any, Transfer], None]] = {
             Stream: self._deliver,
@@ -96,10 +100,6 @@ class StreamHost(ABC):
     @abstractmethod
     def _send(self, packet: Packet) -> None:
         """Queue a packet."""
-
-    @abstractmethod
-    def _send_row(self, packet_class: type[Packet], row: Sequence[Any]) -> None:
-        """Queue what a packet stores; its data is not copied."""
 
     @abstractmethod
     def _flush(self) -> None:
@@ -170,6 +170,8 @@ class StreamHost(ABC):
     def _run(self, stream: Stream) -> bool:
         """Submit a stream's transfers. False: it has ended, and the guest was told."""
         self._freshly_reset = False
+        # Made anew with every run, since a hello may have settled other capabilities.
+        self._send_received[stream.packet_class] = self._parser.sender(stream.packet_class, *RECEIVED)
         self._streams[stream.endpoint] = stream
         return self._submit_for(stream, stream.first_transfers())
 
@@ -274,7 +276,7 @@ class StreamHost(ABC):
         overloaded = self._overloaded
         # Data of a byte stream must not be lost: it is sent, and nothing more is read until the guest has caught up.
         if not overloaded or stream.kind is TransferType.BULK:
-            self._send_row(stream.packet_class, stream.row(packet_id, stream.endpoint, status, len(data), data))
+            self._pass_on(stream, packet_id, status, data)
         if overloaded:
             self._warn_overload(stream)
             if stream.kind is TransferType.BULK:
@@ -283,6 +285,15 @@ class StreamHost(ABC):
             stream.idle.append(transfer)
         elif self._submit(transfer):
             self._not_submitted(stream, transfer)
+
+    def _pass_on(self, stream: Stream, packet_id: int, status: int, data: bytes | bytearray | memoryview) -> None:
+        """Queue received data, which belongs to us and stays as it is."""
+        try:
+            self._send_received[stream.packet_class](packet_id, stream.endpoint, status, len(data), data)
+        except LocalProtocolError as error:
+            self.log(LogLevel.ERROR, f"not sent: {error}")
+            return
+        self._flush_due = True
 
     def _resume_streams(self) -> None:
         """Something was written: streams that pause go on if that was enough. No lock is held."""
@@ -321,7 +332,7 @@ class StreamHost(ABC):
         dropping = stream.is_too_fast(self._parser.buffered_output_size()) or self._overloaded
         if dropping:
             self._warn_overload(stream)
-        endpoint, any_good = stream.endpoint, False
+        any_good = False
         for packet_id, (status, data) in enumerate(transfer.iso_results, first_id):
             if status == Status.SUCCESS:
                 any_good = True
@@ -330,7 +341,7 @@ class StreamHost(ABC):
             else:
                 data = b""
             if not dropping:
-                self._send_row(IsoPacket, stream.row(packet_id, endpoint, status, len(data), data))
+                self._pass_on(stream, packet_id, status, data)
         if any_good:
             stream.recoveries = 0
         return Status.SUCCESS

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from ._layout import compile_row
 from .device import Transfer
 from .packets import (
     BufferedBulkPacket,
@@ -131,18 +130,13 @@ DATA_PACKETS: Mapping[TransferType, type[Packet]] = {
     TransferType.BULK: BufferedBulkPacket,
 }
 """The packet that carries what a stream receives."""
-ROWS = {
-    kind: compile_row(packet_class.declaration, "id", "endpoint", "status", "length", "data")
-    for kind, packet_class in DATA_PACKETS.items()
-}
-"""What such a packet stores, see :meth:`~usbredir.parser.Parser.send_row`."""
 
 
 class Stream:
     """One run of a stream; this class: of interrupt or bulk receiving.
 
     Attributes:
-        packet_class, row: of the packets with received data: row(id, endpoint, status, length, data).
+        packet_class: of the packets with received data.
         idle: transfers that completed while the stream was paused.
         recoveries: stalls in a row before this run.
     """
@@ -152,7 +146,6 @@ class Stream:
         self.kind = shape.kind
         self.endpoint = shape.endpoint
         self.packet_class = DATA_PACKETS[shape.kind]
-        self.row = ROWS[shape.kind]
         self.recoveries = recoveries
         self.state = StreamState.RUNNING
         self.idle: list[Transfer] = []

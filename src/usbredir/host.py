@@ -23,7 +23,6 @@ from typing import Any, cast
 
 from . import filter as _filter
 from ._device_layout import DeviceLayout
-from ._layout import compile_reply
 from ._link import Link
 from ._redirection import TRANSITIONS, Action, Input, Redirection
 from ._stream_host import StreamHost
@@ -92,7 +91,6 @@ REQUEST_CLEAR_HALT = (0x02, 1, 0)
 CONNECTED = Redirection.CONNECTED
 DataRequest = ControlPacket | BulkPacket | InterruptPacket
 Payload = bytes | bytearray | memoryview
-REPLIES = {cls: compile_reply(cls.declaration) for cls in (ControlPacket, BulkPacket, InterruptPacket)}
 
 
 class HostCallbacks(StreamCallbacks):
@@ -159,6 +157,7 @@ class Host(StreamHost):
         self._flying_bytes = 0
         self._requests: dict[int, Transfer] = {}  # single transfers by packet id, those not cancelled
         self._repeated: dict[int, deque[Transfer]] = {}  # those whose id was in use already, in order
+        self._repliers: dict[type[Packet], Callable[..., None]] = {}
         self._handlers: dict[type[Packet], Callable[[Any], None]] = {
             Hello: self._on_hello,
             Reset: self._on_reset,
@@ -319,15 +318,6 @@ class Host(StreamHost):
             return
         self._flush_due = True
 
-    def _send_row(self, packet_class: type[Packet], row: Sequence[Any]) -> None:
-        """:meth:`_send` for what a packet stores; its data is not copied."""
-        try:
-            self._parser.send_row(packet_class, row)
-        except LocalProtocolError as error:
-            self.log(LogLevel.ERROR, f"not sent: {error}")
-            return
-        self._flush_due = True
-
     def _flush(self) -> None:
         """Tell the application that something was queued. No lock is held."""
         if self._flush_due:
@@ -354,6 +344,7 @@ class Host(StreamHost):
         return self._layout
 
     def _on_hello(self, packet: Hello) -> None:
+        self._repliers.clear()  # the capabilities are settled only now
         self._feed(Input.HELLO)
 
     def _on_disconnect_ack(self, packet: DeviceDisconnectAck) -> None:
@@ -715,8 +706,15 @@ class Host(StreamHost):
 
     def _answer(self, packet: DataRequest, status: int, length: int, data: Payload) -> None:
         """Queue the request's header with the result. *data* belongs to us, and stays as it is."""
-        packet_class = packet.__class__
-        self._send_row(packet_class, REPLIES[packet_class](packet, status, length, data))
+        replier = self._repliers.get(packet.__class__)
+        if replier is None:
+            replier = self._repliers[packet.__class__] = self._parser.replier(packet.__class__)
+        try:
+            replier(packet, status, length, data)
+        except LocalProtocolError as error:
+            self.log(LogLevel.ERROR, f"not sent: {error}")
+            return
+        self._flush_due = True
 
     def _on_cancel(self, packet: CancelDataPacket) -> None:
         """Answered at once; what the transfer brings later is dropped. Unknown: it has completed meanwhile."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 import enum
 import logging
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
 from . import _state, capabilities
 from ._framing import REASONS, Decoder, packet_name
-from ._layout import Declaration, Reject, compile_encoder
+from ._layout import REPLY, Declaration, Reject, compile_encoder
 from ._queue import Entry, OutputQueue
 from .capabilities import ALL
 from .errors import (
@@ -200,7 +200,6 @@ class Parser:
         self._decoder.set_capabilities(self._own, self._peer or 0)
         # class -> encoder, filled on first use; a new table each time, so that senders see one or the other
         self._encoders: dict[type[Packet], Callable[[Packet], Entry]] = {}
-        self._owned_encoders: dict[type[Packet], Callable[[Sequence[Any]], Entry]] = {}
 
     # ------------------------------------------------------------ reading
 
@@ -305,22 +304,33 @@ class Parser:
             raise self._refused(packet, str(error), "field_range") from error
         self._push(entry)
 
-    def send_row(self, packet_class: type[Packet], row: Sequence[Any]) -> None:
-        """:meth:`send` for what a packet of *packet_class* stores, in order, without making the packet.
+    def sender(self, packet_class: type[Packet], *given: str) -> Callable[..., None]:
+        """A function that sends packets of one class without making them: it is called with the values *given* names.
 
-        Its data is not copied: it has to stay as it is. Raises as send does. Threads: any number of callers.
+        Other values have their defaults. Data is not copied: it has to stay as it is. The function raises as
+        :meth:`send` does. It is of use until the next hello. Threads: any number of callers.
         """
-        try:
-            entry = self._owned_encoders[packet_class](row)
-        except KeyError:
-            self._owned_encoders[packet_class] = self._compile(packet_class.declaration, owned=True)
-            self.send_row(packet_class, row)
-            return
-        except Reject as reject:
-            raise self._refused(packet_class, REASONS[reject.reason], reject.reason) from None
-        except (struct.error, ValueError, TypeError, OverflowError) as error:
-            raise self._refused(packet_class, str(error), "field_range") from error
-        self._push(entry)
+        return self._sender(packet_class, given)
+
+    def replier(self, packet_class: type[Packet]) -> Callable[..., None]:
+        """A :meth:`sender` of replies: called with the request, and what replaces its status, length and data.
+
+        Threads: any number of callers.
+        """
+        return self._sender(packet_class, REPLY)
+
+    def _sender(self, packet_class: type[Packet], given: tuple[str, ...]) -> Callable[..., None]:
+        encode, push = self._compile(packet_class.declaration, given), self._push
+
+        def send(*values: Any) -> None:
+            try:
+                push(encode(*values))
+            except Reject as reject:
+                raise self._refused(packet_class, REASONS[reject.reason], reject.reason) from None
+            except (struct.error, ValueError, TypeError, OverflowError) as error:
+                raise self._refused(packet_class, str(error), "field_range") from error
+
+        return send
 
     def _encoder(self, packet: Packet) -> None:
         """Make the encoder of a type that is sent for the first time."""
@@ -336,11 +346,11 @@ class Parser:
             raise self._refused(packet, f"it does not travel {self._sends.value}", "send_type_not_allowed")
         encoders[type(packet)] = self._compile(declaration)
 
-    def _compile(self, declaration: Declaration, *, owned: bool = False) -> Callable[[Any], Entry]:
+    def _compile(self, declaration: Declaration, given: tuple[str, ...] = ("packet",)) -> Callable[..., Entry]:
         peer = self._peer or 0
         both = self._own & peer
         wide_ids = capabilities.has(both, Capability.IDS_64BITS)
-        return compile_encoder(declaration, wide_ids, both, peer, self._sends, self._limits.max_bulk, owned=owned)
+        return compile_encoder(declaration, wide_ids, both, peer, self._sends, self._limits.max_bulk, given)
 
     def _queue_packet(self, packet: Packet) -> None:
         """Queue a packet of the parser's own: the peer waits for it, so no limit holds it back."""
