@@ -22,7 +22,7 @@ from . import vusb
 PATIENCE = 60.0
 KEYS = [
     "bus", "address", "port", "vendor_id", "product_id", "manufacturer", "product", "serial", "speed", "device_class",
-    "interfaces", "drivers", "accessible", "allowed",
+    "interfaces", "drivers", "accessible", "configured", "allowed",
 ]  # fmt: skip
 
 STICK = pyusb.DeviceInfo(
@@ -37,7 +37,7 @@ HUB = pyusb.DeviceInfo(
     1, 1, "", Speed.UNKNOWN, DeviceIds(9, 0, 1, 0x1D6B, 2, 0x0618, ((9, 0, 0),)), "", "", "", {0: "hub"}, True
 )
 ODD = pyusb.DeviceInfo(1, 2, "1-2", Speed.LOW, DeviceIds(0x77, 0, 0, 1, 2, 3, ()), "", "", "", {}, None)
-UNCONFIGURED = ODD._replace(ids=DeviceIds(0, 0, 0, 1, 2, 3, ()))
+UNCONFIGURED = ODD._replace(configured=False, ids=DeviceIds(0, 0, 0, 1, 2, 3, ()))
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -88,7 +88,8 @@ def test_json(run: Run) -> None:
     assert devices[0] == {
         "bus": 1, "address": 12, "port": "1-1.4", "vendor_id": "0781", "product_id": "5567",
         "manufacturer": "San\x1bDisk", "product": "Cruzer", "serial": "2005\n", "speed": "high", "device_class": 0,
-        "interfaces": [[8, 6, 80]], "drivers": {"0": "usb-storage"}, "accessible": True, "allowed": None,
+        "interfaces": [[8, 6, 80]], "drivers": {"0": "usb-storage"}, "accessible": True, "configured": None,
+        "allowed": None,
     }  # fmt: skip
     assert out.isascii(), "a terminal obeys nothing in it"
 
@@ -120,6 +121,7 @@ def test_a_device_without_configuration(run: Run) -> None:
     """It cannot be exported as it is; the line still is one."""
     _, out, _ = run([UNCONFIGURED])
     assert "0001:0002" in rows(out)[0]
+    assert "no: unconfigured" in rows(out)[0]
 
 
 def test_no_devices(run: Run) -> None:

@@ -72,6 +72,7 @@ def _as_dict(info: DeviceInfo, rules: Sequence[FilterRule] | None) -> dict[str, 
         "interfaces": [list(interface) for interface in ids.interfaces],
         "drivers": {str(number): driver for number, driver in info.drivers.items()},
         "accessible": info.accessible,
+        "configured": info.configured,
         "allowed": allowed,
     }
 
@@ -100,6 +101,8 @@ def _verdict(device: dict[str, Any]) -> str:
         return "no: filter"
     if device["accessible"] is False:
         return "no: permission"
+    if device["configured"] is False:
+        return "no: unconfigured"
     return "yes"
 
 

@@ -256,6 +256,9 @@ def listen(address: str) -> Listener:
     try:
         if os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if where.host == "::":  # all addresses, those of IPv4 as well, also where that is not the system's default
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(sockaddr)
         sock.listen(BACKLOG)
     except BaseException:

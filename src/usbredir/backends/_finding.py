@@ -18,7 +18,7 @@ from ._backend import Backend, load_library
 from ._base import SPEEDS
 from ._exit import register_exit_handler
 from ._raw_descriptors import raw_configuration, raw_device
-from ._system import attribute_of, driver_of, is_accessible, port_path
+from ._system import attribute_of, driver_of, is_accessible, is_configured, port_path
 
 __all__ = [
     "DeviceInfo",
@@ -136,7 +136,7 @@ class DeviceInfo(NamedTuple):
     """What can be told of a device that is plugged in.
 
     ids: for filters; drivers: kernel drivers in use by interface number; accessible: whether this user
-    may open it (None: not known).
+    may open it (None: not known); configured: whether it has an active configuration (None: not known).
     """
 
     bus: int
@@ -149,6 +149,7 @@ class DeviceInfo(NamedTuple):
     serial: str
     drivers: dict[int, str]
     accessible: bool | None
+    configured: bool | None = None
 
 
 def list_devices(backend: Any = None) -> Iterator[DeviceInfo]:
@@ -178,4 +179,5 @@ def _describe(device: Any) -> DeviceInfo:
         texts["serial"],
         drivers,
         is_accessible(device),
+        is_configured(device),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["attribute_of", "driver_of", "is_accessible", "node_of", "permission_hint", "port_path"]
+__all__ = ["attribute_of", "driver_of", "is_accessible", "is_configured", "node_of", "permission_hint", "port_path"]
 
 SYSFS = "/sys/bus/usb/devices"
 DEV = "/dev/bus/usb"
@@ -51,6 +51,12 @@ def permission_hint(device: Any) -> str:
         f"may this user write {node_of(device) or 'its device file'}? A udev rule allows it, in "
         f"/etc/udev/rules.d/70-usbredir.rules: {rule}; or join the group that owns the file"
     )
+
+
+def is_configured(device: Any) -> bool | None:
+    """Whether a device has an active configuration; None: not known."""
+    value = attribute_of(device, "bConfigurationValue")
+    return None if value is None else bool(value.strip())
 
 
 def attribute_of(device: Any, name: str) -> str | None:
