@@ -6,6 +6,7 @@ Each program runs once per worker and tells everything it saw; the tests look at
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -914,3 +915,35 @@ def test_sockets_are_made_late() -> None:
 
 def test_the_protocol_has_lost() -> None:
     assert isinstance(UsbDevice.lost, property)
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), float("nan"), -1.0])
+def test_timeouts_that_are_none(timeout: float) -> None:
+    assert not _native.is_sound(transfer(timeout=timeout))
+
+
+def test_a_transfer_that_could_not_be_described(native: _native.NativeTransfer) -> None:
+    """Nothing is left of the attempt: the next one describes everything."""
+    asked = transfer()
+    with pytest.raises(struct.error):
+        native.fill(asked, "no address", 2)  # type: ignore[arg-type]
+    assert native.described is None
+    native.fill(asked, 0x1234, 2)
+    assert _libusb.HEAD.unpack(_libusb.bytes_at(native.address, _libusb.HEAD.size))[0] == 0x1234
+
+
+@pytest.mark.parametrize(("length", "received", "lent"), [(1 << 20, 40_000, False), (65_536, 40_000, True)])
+def test_a_little_data_does_not_keep_a_large_buffer(
+    library: ctypes.CDLL, length: int, received: int, lent: bool
+) -> None:
+    """What waits to be sent is counted by its own size."""
+    pool = _native.Pool(library)
+    asked = transfer(length=length)
+    native = pool.take(asked)
+    native.fill(asked, 1, 2)
+    _libusb.RESULT.pack_into(_libusb.bytes_at(native.address, 60), _libusb.STATUS_OFFSET, 0, length, received)
+    native.read(asked)
+    assert len(asked.data) == received
+    assert native.lent is lent
+    pool.give(native)
+    pool.close()

@@ -16,7 +16,7 @@ from usbredir.backends import _source, pyusb
 from usbredir.backends._finding import DeviceSpec
 from usbredir.backends._source import FdSource, PyusbSource, parse_spec
 from usbredir.backends._system import port_path
-from usbredir.errors import DeviceError, DeviceNotFoundError
+from usbredir.errors import DeviceError, DeviceLostError, DeviceNotFoundError
 from usbredir.transport import POLLIN
 
 STICK = (0x0781, 0x5567)
@@ -192,8 +192,9 @@ def test_a_file_descriptor_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> No
     source = FdSource(7)
     source.open()
     assert opened == [7]
-    with pytest.raises(DeviceNotFoundError, match="cannot be found again"):
+    with pytest.raises(DeviceLostError, match="cannot come back") as gone:
         source.open()
+    assert gone.value.reason == "final"
     assert (list(source.pollfds()), source.has_news()) == ([], False)
 
 
@@ -201,3 +202,14 @@ def test_a_descriptor_that_is_no_devices() -> None:
     reader, writer = socket.socketpair()
     with reader, writer, pytest.raises(DeviceError):
         FdSource(os.dup(reader.fileno())).open()
+
+
+def test_without_libusb_there_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A libusb that cannot be started is no reason to end an exporter."""
+
+    def fail() -> None:
+        raise DeviceError("libusb cannot be started")
+
+    monkeypatch.setattr(_source, "new_backend", fail)
+    source = PyusbSource(parse_spec("1209:0001"))
+    assert (list(source.pollfds()), source.has_news()) == ([], False)

@@ -634,3 +634,22 @@ def test_a_stalled_guest_does_not_hide_an_unplugged_device() -> None:
             assert guest.start_bulk_receiving(0x82, 1 << 16, 16, timeout=PATIENCE) == Status.SUCCESS
             exporter.line_with("unplugged")
             assert exporter.end(signal.SIGINT) == ExitCode.OK
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "0", "-1", "1e10", "soon"])
+def test_peer_timeouts_that_are_none(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(f"--peer-timeout={value} 1-4")
+    assert "--peer-timeout" in capsys.readouterr().err
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in _export.ending_signals()
+        with _export._StopSignal():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.SIGTERM in _export.ending_signals()

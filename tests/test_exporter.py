@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import usbredir.device
 from usbredir import exporter, filter, transport
 from usbredir.device import UsbDevice
 from usbredir.errors import (
@@ -41,12 +42,13 @@ from usbredir.exporter import (
     Listening,
     run,
 )
+from usbredir.filter import FilterRule
 from usbredir.guest import Guest
-from usbredir.packets import GetConfiguration
+from usbredir.packets import GetAltSetting, GetConfiguration
 from usbredir.parser import LogLevel
 from usbredir.proto import PacketType, Status
 from usbredir.transport import POLLIN, POLLOUT, Connection, GuestConnection, connect, listen, poll
-from usbredir.virtual import LoopbackDevice
+from usbredir.virtual import LoopbackDevice, MassStorage
 
 from .strategies import raw_hello, raw_packet
 
@@ -829,3 +831,167 @@ def test_closing_is_idempotent(bench: Bench) -> None:
     bench.exporters.clear()
     with pytest.raises((ConnectionClosed, OSError)):
         guest.wait_for_disconnect(PATIENCE)
+
+
+# ================================================================ what must not end it
+
+
+class Failing(LoopbackDevice):
+    """A device that raises in handle_events when it is told to."""
+
+    error: DeviceError | None = None
+
+    def handle_events(self, timeout: float | None = 0.0) -> None:
+        if self.error is not None:
+            raise self.error
+        super().handle_events(timeout)
+
+
+@pytest.mark.parametrize("error", [DeviceLostError("gone"), DeviceError("libusb cannot handle events")], ids=repr)
+@pytest.mark.parametrize("served", [True, False])
+def test_a_device_whose_events_fail(bench: Bench, error: DeviceError, served: bool) -> None:
+    """With a guest and without one: it counts as lost, and the next one is taken."""
+    device = Failing()
+    bench.add(Source(device, LoopbackDevice()))
+    guest = bench.guest()
+    works(guest)
+    if not served:
+        leave(guest)
+        bench.until_event(Event.LEFT)
+    device.error = error
+    assert bench.until_event(Event.DEVICE_LOST) == str(error)
+    bench.clock.now += CHECK_DEVICE
+    if served:
+        guest.wait_for_disconnect(PATIENCE)
+    works(guest if served else bench.guest())
+
+
+def test_a_guest_that_cannot_be_accepted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files: told once, and nobody is heard for a while; the listener does not keep the loop busy."""
+    one = bench.loopback()
+    accept = transport.Listener.accept
+
+    def fail(self: transport.Listener, timeout: float | None = None) -> Connection | None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(transport.Listener, "accept", fail)
+    guest = bench.guest()
+    assert "Too many open files" in bench.until_event(Event.FAILED)
+    assert not one.ended
+    assert not one.wanted() or not poll(one.wanted(), 0)
+    assert one.timeout() is not None
+    monkeypatch.setattr(transport.Listener, "accept", accept)
+    bench.clock.now += exporter.DEAF
+    works(guest)
+    assert len(bench.messages(Event.FAILED)) == 1
+
+
+def test_others_are_turned_away_while_reading_pauses(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that says no more and reads nothing must not leave the next one waiting, and the loop running."""
+    one = bench.loopback()
+    works(bench.guest())
+    session = one._session
+    assert session is not None
+    monkeypatch.setattr(type(session.host), "reading_paused", property(lambda self: True))
+    monkeypatch.setattr(session.connection, "at_end", lambda: True)
+    bench.guest()
+    bench.until(lambda: any("turned away" in message for message in bench.messages(Event.LOG)))
+
+
+def test_messages_are_limited(bench: Bench) -> None:
+    """A guest causes one with every wrong request: the rest is counted."""
+    bench.loopback()
+    guest = bench.guest()
+    works(guest)
+    for number in range(1000):
+        guest._parser.send(GetAltSetting(id=number, interface=99))
+    guest.process()
+    assert guest.get_configuration(timeout=PATIENCE)[0] == Status.SUCCESS
+    assert len(bench.messages(Event.LOG)) <= exporter.MOST_MESSAGES + 1
+    bench.clock.now += exporter.MESSAGE_PERIOD
+    guest.get_alt_setting(99, timeout=PATIENCE)
+    assert any("more messages were not shown" in message for message in bench.messages(Event.LOG))
+
+
+def test_the_filter_of_the_guest_holds_for_the_next_device(bench: Bench) -> None:
+    """Also when it was told before that device came."""
+    first = LoopbackDevice()
+    bench.add(Source(first, MassStorage(bytes(1 << 20))))
+    rules = [FilterRule(0x08, -1, -1, -1, False), FilterRule(-1, -1, -1, -1, True)]
+    guest = bench.guest(rules=rules)
+    works(guest)
+    first.unplug()
+    bench.until_event(Event.DEVICE_LOST)
+    bench.clock.now += CHECK_DEVICE
+    assert "filter" in bench.until_event(Event.FAILED)
+
+
+def test_a_device_that_cannot_come_back(bench: Bench) -> None:
+    """There is nothing to wait for."""
+    device = LoopbackDevice()
+    one = bench.add(Source(device, DeviceLostError("cannot come back", reason="final")))
+    works(bench.guest())
+    device.unplug()
+    bench.until_event(Event.DEVICE_LOST)
+    bench.clock.now += CHECK_DEVICE
+    bench.until(lambda: one.ended)
+    assert isinstance(one.error, DeviceLostError)
+
+
+def test_a_device_that_fails_at_once_is_tried_less_and_less(bench: Bench) -> None:
+    """And told once."""
+
+    class Broken(LoopbackDevice):
+        def reset(self) -> None:
+            raise DeviceLostError("it came back as another one")
+
+    source = Source(LoopbackDevice(), Broken())
+    bench.add(source)
+    guest = bench.guest()
+    works(guest)
+    guest.control_out(0x40, 0x10, 0, 0, timeout=PATIENCE)
+    bench.until_event(Event.DEVICE_LOST)
+    waits = []
+    for _ in range(4):
+        opened, wait = source.opened, bench.exporters[0].timeout()
+        assert wait is not None
+        waits.append(round(wait, 3))
+        bench.clock.now += wait
+        bench.until(lambda opened=opened: source.opened > opened)  # type: ignore[misc]
+    assert waits == [CHECK_DEVICE, CHECK_DEVICE, 2 * CHECK_DEVICE, 4 * CHECK_DEVICE]
+    assert len(bench.messages(Event.DEVICE_LOST)) == 2
+    assert not bench.messages(Event.DEVICE_BACK)
+
+
+def test_a_fragile_device_is_not_reset_at_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usbredir.device, "DO_NOT_RESET", {(0x1209, 0x0001)})
+    device = LoopbackDevice()
+    one = bench.add(Source(device))
+    works(bench.guest())
+    one.close()
+    assert device.counters["resets"] == 0
+
+
+def test_no_back_off_without_a_hello(bench: Bench) -> None:
+    """A peer that accepts and says nothing is tried less and less often."""
+    with listen("127.0.0.1:0") as listener:
+        peer = Connecting(str(listener.address), clock=bench.clock, jitter=lambda: 1.0)
+        one = bench.add(FactorySource(LoopbackDevice), peer)
+        waits = []
+        for _ in range(3):
+            connection = None
+
+            def accepted() -> bool:
+                nonlocal connection
+                connection = connection or listener.accept(0)
+                return one._session is not None and connection is not None
+
+            bench.until(accepted)
+            assert connection is not None
+            connection.close()
+            bench.until(lambda: one._session is None)
+            wait = peer.timeout()
+            assert wait is not None
+            waits.append(wait)
+            bench.clock.now += wait
+        assert waits == [exporter.RETRY_FIRST, 2 * exporter.RETRY_FIRST, 4 * exporter.RETRY_FIRST]

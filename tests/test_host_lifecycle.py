@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+import usbredir.device
 import usbredir.host
 from usbredir._redirection import Redirection
 from usbredir.descriptors import Configuration, Interface
@@ -363,7 +364,7 @@ def test_a_guests_first_reset_is_not_skipped_for_fragile_devices(fragile: FakeDe
 def test_fragile_devices_are_not_reset_when_released(monkeypatch: pytest.MonkeyPatch) -> None:
     """HOST_BEHAVIOUR 2, Release, 4: reset unless listed."""
     device = LoopbackDevice()
-    monkeypatch.setattr(usbredir.host, "DO_NOT_RESET", {(0x1209, 0x0001)})
+    monkeypatch.setattr(usbredir.device, "DO_NOT_RESET", {(0x1209, 0x0001)})
     Bed(device).host.close()
     assert device.counters["resets"] == 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from .proto import Speed
 __all__ = ["add_arguments", "export"]
 
 SPEEDS = {"full": Speed.FULL, "high": Speed.HIGH, "super": Speed.SUPER}
+MOST_SECONDS = 2_147_483
 DEFAULT_PORT = 4000
 """usbredirserver's."""
 
@@ -58,6 +60,7 @@ DEVICE_CODES = {
     "unconfigured": ExitCode.UNCONFIGURED,
     "filtered": ExitCode.FILTERED,
     "lost": ExitCode.LOST,
+    "final": ExitCode.LOST,
     "rejected": ExitCode.REJECTED,
 }
 """Exit codes for reasons of DeviceError; others are DEVICE."""
@@ -109,7 +112,7 @@ def add_arguments(
     add("--once", action="store_true", help="end when the first guest has left")
     add("--filter", metavar="RULES", help="what may be exported: CLASS,VENDOR,PRODUCT,VERSION,ALLOW|..., -1 for any")
     add("--speed", choices=list(SPEEDS), default="high", help="speed of virtual devices")
-    add("--peer-timeout", type=float, metavar="SECONDS", help="give up a guest that confirms nothing for so long")
+    add("--peer-timeout", type=_seconds, metavar="SECONDS", help="give up a guest that confirms nothing for so long")
     add("--log-format", choices=["text", "json"], default="text", help="how messages are written")
     add(
         "-v",
@@ -133,6 +136,14 @@ def add_arguments(
     add("-6", "--ipv6", metavar="ADDRESS", help="with DEVICE alone: wait at this address")
     add("positional", nargs="?", metavar="DEVICE", help="a real device, as usbredirserver takes it")
     parser.set_defaults(run=export, devices=[], addresses=[])
+
+
+def _seconds(text: str) -> float:
+    """A time that the system's timers can hold: milliseconds in 31 bits."""
+    value = float(text)
+    if not 0 < value <= MOST_SECONDS:
+        raise ValueError
+    return value
 
 
 def export(options: argparse.Namespace) -> int:
@@ -160,7 +171,7 @@ def _export(options: argparse.Namespace, messages: Messages) -> int:
             exporters.append(exporter)
             _start(exporter)
         run(exporters, stop_fd=stop.fileno())
-    return max((_code_at_end(exporter, messages) for exporter in exporters), default=ExitCode.OK)
+    return max((_code_at_end(exporter) for exporter in exporters), default=ExitCode.OK)
 
 
 # ---------------------------------------------------------------- options
@@ -248,10 +259,9 @@ def _peer(wanted: Wanted) -> Listening | Connecting:
     except ValueError as error:
         raise Failure(ExitCode.USAGE, f"{wanted.option} {error}") from error
     except OSError as error:
-        raise Failure(
-            ExitCode.ADDRESS,
-            f"cannot listen on {wanted.value}: {error.strerror}; is another program there? choose another port, or 0",
-        ) from error
+        advice = "; is another program there? choose another port, or 0" if error.errno == errno.EADDRINUSE else ""
+        why = f"cannot listen on {wanted.value}: {error.strerror or error}{advice}"
+        raise Failure(ExitCode.ADDRESS, why) from error
 
 
 # ---------------------------------------------------------------- running
@@ -264,7 +274,7 @@ def _start(exporter: Exporter) -> None:
         raise Failure(DEVICE_CODES.get(error.reason, ExitCode.DEVICE), str(error)) from error
 
 
-def _code_at_end(exporter: Exporter, messages: Messages) -> ExitCode:
+def _code_at_end(exporter: Exporter) -> ExitCode:
     error = exporter.error
     if error is None:
         return ExitCode.OK
@@ -272,13 +282,13 @@ def _code_at_end(exporter: Exporter, messages: Messages) -> ExitCode:
         return DEVICE_CODES.get(error.reason, ExitCode.DEVICE)
     if isinstance(error, ProtocolError):
         return ExitCode.PROTOCOL
-    assert isinstance(error, OSError), "an exporter ends with one of these"
-    failure = Failure(
-        ExitCode.REFUSED,
-        f"cannot connect to {exporter.address}: {error.strerror or error}; is the virtual machine listening there?",
-    )
-    messages.failure(failure)
-    return failure.code
+    return ExitCode.REFUSED  # told when it happened
+
+
+def ending_signals() -> list[signal.Signals]:
+    """The signals that end the command; one that is ignored, as under nohup, stays so."""
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class _StopSignal:
@@ -291,16 +301,15 @@ class _StopSignal:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self._signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
         self._came = False
-        self._handlers = [signal.signal(number, self._handle) for number in self._signals]
         self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, self._handle) for number in ending_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self._wakeup_fd)
-        for number, handler in zip(self._signals, self._handlers, strict=True):
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_fd)
         self._reader.close()
         self._writer.close()
 

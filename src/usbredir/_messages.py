@@ -64,7 +64,9 @@ class Messages(logging.Handler):
         """A function for what happens to one device; *device* tells several apart."""
 
         def report(event: Event, level: LogLevel, message: str) -> None:
-            if event is not Event.LOG or level <= self._verbosity:
+            if event is Event.UNREACHABLE:
+                self.failure(Failure(ExitCode.REFUSED, message), device)
+            elif event is not Event.LOG or level <= self._verbosity:
                 self._write(event.value, level, message, device)
 
         return report
@@ -81,12 +83,12 @@ class Messages(logging.Handler):
             logger.removeHandler(self)
             logger.propagate = propagated
 
-    def failure(self, failure: Failure) -> None:
-        """Why the command ends."""
+    def failure(self, failure: Failure, device: str = "") -> None:
+        """Why the command ends, or serving *device* does."""
         if self._json:
-            self._write("error", LogLevel.ERROR, str(failure), code=int(failure.code))
+            self._write("error", LogLevel.ERROR, str(failure), device, code=int(failure.code))
         else:
-            self._write("failed", LogLevel.ERROR, f"error: {failure}")
+            self._write("failed", LogLevel.ERROR, f"error: {failure}", device)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a log record of the package."""

@@ -160,7 +160,7 @@ class Stream:
     @property
     def reserved(self) -> int:
         """Transfers that are not in flight and yet hold memory."""
-        return 0
+        return len(self.idle)
 
     def again(self) -> Stream:
         """The run that follows this one after a stall."""

@@ -31,10 +31,8 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with *arguments* (default: the process's); returns the exit code."""
     options = _parser().parse_args(joined(sys.argv[1:] if arguments is None else arguments))
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, _interrupt)
+    for number in _export.ending_signals():
+        signal.signal(number, _interrupt)
     try:
         code: int = options.run(options)
     except KeyboardInterrupt:

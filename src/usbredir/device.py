@@ -21,7 +21,17 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from .proto import Speed, Status, TransferType
 
-__all__ = ["IsoResult", "Transfer", "TransferResult", "UsbDevice"]
+__all__ = ["DO_NOT_RESET", "IsoResult", "Transfer", "TransferResult", "UsbDevice", "may_be_reset"]
+
+
+DO_NOT_RESET = {(0x1210, 0x001C), (0x2798, 0x0001)}
+"""Devices (vendor, product) that do not survive a reset; applications may add to it."""
+
+
+def may_be_reset(device_descriptor: bytes) -> bool:
+    """Whether the device with this descriptor survives a reset."""
+    ids = int.from_bytes(device_descriptor[8:10], "little"), int.from_bytes(device_descriptor[10:12], "little")
+    return ids not in DO_NOT_RESET
 
 
 class TransferResult(NamedTuple):

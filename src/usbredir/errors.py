@@ -99,7 +99,7 @@ class DeviceError(UsbRedirError):
 
     Attributes:
         reason: a short fixed key for programs: ``"missing"``, ``"busy"``, ``"forbidden"``, ``"unconfigured"``,
-            ``"filtered"``, ``"lost"``, ``"rejected"`` or ``"unusable"``.
+            ``"filtered"``, ``"lost"``, ``"final"``, ``"rejected"`` or ``"unusable"``.
     """
 
     default_reason = "unusable"

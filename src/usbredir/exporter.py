@@ -25,7 +25,7 @@ from typing import Protocol
 
 from . import filter as _filter
 from .descriptors import device_ids
-from .device import UsbDevice
+from .device import UsbDevice, may_be_reset
 from .errors import ConnectionClosed, DeviceError, DeviceLostError, DeviceRejectedError, ProtocolError
 from .filter import FilterResult, FilterRule
 from .host import check_device_filter
@@ -41,7 +41,6 @@ from .transport import (
     Session,
     listen,
     parse_address,
-    turn_away,
 )
 
 __all__ = [
@@ -61,6 +60,14 @@ RETRY_FIRST = 0.5
 """Seconds before connecting again, the first time; the wait doubles."""
 RETRY_LONGEST = 10.0
 """Seconds of the longest wait; every wait is up to a quarter longer, by chance, so that many do not come at once."""
+DEAF = 1.0
+"""Seconds without looking for guests after one could not be accepted."""
+LONGEST_CHECK = 30.0
+"""Seconds between two looks for a device that fails again and again as soon as it is there."""
+MOST_MESSAGES = 100
+"""Log messages of a session that are told within :data:`MESSAGE_PERIOD`; a guest could fill a disk with them."""
+MESSAGE_PERIOD = 10.0
+"""Seconds."""
 CONNECT_LIMIT = 10.0
 """Seconds that one attempt to connect may take."""
 
@@ -78,6 +85,7 @@ class Event(Enum):
     DEVICE_LOST = "device-lost"
     DEVICE_BACK = "device-back"
     FAILED = "failed"
+    UNREACHABLE = "error"
     LOG = "log"
 
 
@@ -146,9 +154,11 @@ class ExportSettings:
 class Listening:
     """Guests come to us, one at a time. Raises what :func:`~usbredir.transport.listen` raises."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._listener: Listener = listen(address)
         self._wanted = ((self._listener.fileno(), POLLIN),)
+        self._clock = clock
+        self._deaf_until: float | None = None
         self.address = str(self._listener.address)
 
     def start(self, report: Report, *, wait: bool) -> None:
@@ -157,31 +167,47 @@ class Listening:
 
     def wanted(self) -> Sequence[tuple[int, int]]:
         """Descriptors to poll."""
-        return self._wanted
+        return self._wanted if self._deaf_until is None else ()
 
     def wanted_while_busy(self) -> Sequence[tuple[int, int]]:
         """The same: who comes has to be turned away."""
-        return self._wanted
+        return self.wanted()
 
     def timeout(self) -> float | None:
         """Seconds until :meth:`step` is due by itself, or None."""
-        return None
+        return None if self._deaf_until is None else max(0.0, self._deaf_until - self._clock())
 
     def step(self, ready: Mapping[int, int], report: Report) -> Connection | None:
         """The guest that came, if one did."""
-        if self._listener.fileno() not in ready:
-            return None
-        connection = self._listener.accept(0)
+        connection = self._accept(ready, report)
         if connection is not None:
             report(Event.CONNECTED, LogLevel.INFO, f"guest connected from {connection.name}")
         return connection
 
-    def step_while_busy(self, ready: Mapping[int, int], session: Session, log: Callable[[LogLevel, str], None]) -> None:
-        """Others are turned away, unless the guest has just left: the next one may be there in the same round."""
-        if self._listener.fileno() in ready and not session.connection.at_end():
-            turn_away(self._listener, log)
+    def _accept(self, ready: Mapping[int, int], report: Report) -> Connection | None:
+        """Who came. An error of the system, such as too many open files, is told, and nobody heard for a while."""
+        if self._deaf_until is not None and self._clock() >= self._deaf_until:
+            self._deaf_until = None
+        if self._listener.fileno() not in ready:
+            return None
+        try:
+            return self._listener.accept(0)
+        except OSError as error:
+            self._deaf_until = self._clock() + DEAF
+            report(Event.FAILED, LogLevel.WARNING, f"a guest cannot be accepted: {error.strerror or error}")
+            return None
 
-    def left(self) -> None:
+    def step_while_busy(self, ready: Mapping[int, int], session: Session, report: Report) -> None:
+        """Others are turned away, unless the guest has just left: the next one may be there in the same round."""
+        if self._listener.fileno() in ready and not session.is_occupied():
+            return
+        connection = self._accept(ready, report)
+        if connection is not None:
+            connection.close()
+            message = f"another guest from {connection.name} was turned away: one at a time"
+            report(Event.LOG, LogLevel.WARNING, message)
+
+    def left(self, *, served: bool) -> None:
         """The guest has left; the next one may come."""
 
     def close(self) -> None:
@@ -238,7 +264,7 @@ class Connecting:
         if connection is None:
             return None
         self._connector = None
-        self._may_fail, self._wait, self._told = True, RETRY_FIRST, False
+        self._may_fail, self._told = True, False
         report(Event.CONNECTED, LogLevel.INFO, f"connected to {connection.name}")
         return connection
 
@@ -271,11 +297,13 @@ class Connecting:
         self._due = self._clock() + self._wait * self._jitter()
         self._wait = min(2 * self._wait, RETRY_LONGEST)
 
-    def step_while_busy(self, ready: Mapping[int, int], session: Session, log: Callable[[LogLevel, str], None]) -> None:
+    def step_while_busy(self, ready: Mapping[int, int], session: Session, report: Report) -> None:
         """Nobody else can come."""
 
-    def left(self) -> None:
-        """The guest has left: connect again, but not at once."""
+    def left(self, *, served: bool) -> None:
+        """The guest has left: connect again, but not at once; later and later if it was none that we *served*."""
+        if served:
+            self._wait = RETRY_FIRST
         self._pause()
 
     def close(self) -> None:
@@ -315,6 +343,9 @@ class Exporter:
         self._session: Session | None = None
         self._check_at: float | None = None  # when to look for the device again
         self._problem = ""  # what kept us from having it, told once
+        self._failures = 0  # how often it failed as soon as it was there
+        self._messages = 0  # told in this period
+        self._period_ends = 0.0
         self._checked_rules: Sequence[FilterRule] | None = None
         self.ended = False
         self.error: Exception | None = None
@@ -357,7 +388,7 @@ class Exporter:
     def timeout(self) -> float | None:
         """Seconds until :meth:`step` is due without any descriptor being ready, or None."""
         wait = None if self._device is None else self._device.next_timeout()
-        if self._session is None:
+        if self._session is None or type(self._peer) is Listening:
             wait = _sooner(wait, self._peer.timeout())
         if self._check_at is not None:
             wait = _sooner(wait, max(0.0, self._check_at - self._clock()))
@@ -365,25 +396,31 @@ class Exporter:
 
     def step(self, ready: Mapping[int, int]) -> None:
         """One round. Raises nothing that a guest or a device can cause; see *ended* and *error*."""
-        try:
-            if self._session is not None:
-                self._serve(self._session, ready)
-            else:
-                self._wait_for_guest(ready)
-            device = self._device
-            if device is not None and device.lost:
-                self._device_lost(DeviceLostError("the device was unplugged"))
-            elif device is None:
-                self._look_for_device(ready)
-        except OSError as error:  # the first attempt to connect
-            self._end(error)
+        if self._session is not None:
+            self._serve(self._session, ready)
+        else:
+            self._wait_for_guest(ready)
+        device = self._device
+        if device is not None and device.lost:
+            self._device_lost(DeviceLostError("the device was unplugged"))
+        elif device is None:
+            self._look_for_device(ready)
 
     # ------------------------------------------------------------ the guest
 
     def _wait_for_guest(self, ready: Mapping[int, int]) -> None:
-        if self._device is not None:
-            self._device.handle_events(0)  # an idle device that is unplugged is noticed here
-        connection = self._peer.step(ready, self._report)
+        try:
+            if self._device is not None:
+                self._device.handle_events(0)  # an idle device that is unplugged is noticed here
+        except DeviceError as error:
+            self._device_lost(error)
+        try:
+            connection = self._peer.step(ready, self._report)
+        except OSError as error:  # the first attempt to connect
+            why = f"cannot connect to {self.address}: {error.strerror or error}"
+            self._report(Event.UNREACHABLE, LogLevel.ERROR, f"{why}; is the virtual machine listening there?")
+            self._end(error)
+            return
         if connection is None:
             return
         with contextlib.suppress(OSError):  # gone again: the next read tells
@@ -400,16 +437,16 @@ class Exporter:
             self._check_guest_filter(session)
         except ConnectionClosed:
             self._guest_left(None, Event.LEFT, "guest left")
-        except DeviceLostError as error:
-            self._device_lost(error)
         except DeviceRejectedError as error:
             self._guest_left(error, Event.FAILED, str(error))
+        except DeviceError as error:
+            self._device_lost(error)
         except ProtocolError as error:
             self._guest_left(error, Event.FAILED, str(error))
         except OSError as error:
             self._guest_left(None, Event.BROKEN, f"connection lost: {error.strerror or error}")
         else:
-            self._peer.step_while_busy(ready, session, self._log)
+            self._peer.step_while_busy(ready, session, self._report)
 
     def _check_guest_filter(self, session: Session) -> None:
         """The guest may tell which devices it allows; ours goes when it is not among them."""
@@ -417,16 +454,21 @@ class Exporter:
         if rules is self._checked_rules or rules is None or session.host.device is None:
             return
         self._checked_rules = rules
-        if check_device_filter(rules, session.host.device) is not FilterResult.ALLOW:
+        try:
+            result = check_device_filter(rules, session.host.device)
+        except ValueError as error:
+            raise DeviceError(f"the device cannot be checked against the guest's filter: {error}") from error
+        if result is not FilterResult.ALLOW:
             raise DeviceRejectedError("the guest's filter does not allow the device")
 
     def _guest_left(self, error: Exception | None, event: Event, message: str) -> None:
         self._report(event, LogLevel.INFO if error is None else LogLevel.WARNING, escape(message))
+        served = self._session is not None and self._session.host.has_greeted
         self._end_session()
         if self._settings.once:
             self._end(error)
             return
-        self._peer.left()
+        self._peer.left(served=served)
         if self._device is not None and not self._device.lost:
             try:
                 self._device.claim()  # kept for the next guest
@@ -452,14 +494,16 @@ class Exporter:
             raise
         self._device = device
         self._check_at = None
-        self._problem = ""
 
     def _check_own_filter(self, device: UsbDevice) -> None:
         rules = self._settings.rules
         if rules is None:
             return
-        ids = device_ids(device.device_descriptor, device.configuration_descriptor)
-        result = _filter.check(rules, ids)
+        try:
+            ids = device_ids(device.device_descriptor, device.configuration_descriptor)
+            result = _filter.check(rules, ids)
+        except ValueError as error:
+            raise DeviceError(f"the device cannot be checked against --filter: {error}") from error
         if result is not FilterResult.ALLOW:
             why = "a rule denies it" if result is FilterResult.DENY else "no rule allows it"
             raise DeviceError(
@@ -467,16 +511,23 @@ class Exporter:
                 reason="filtered",
             )
 
-    def _give_device(self, session: Session, device: UsbDevice) -> None:
-        """Announce *device* to the guest."""
+    def _give_device(self, session: Session, device: UsbDevice) -> bool:
+        """Announce *device* to the guest. False: it cannot be used."""
+        self._checked_rules = None
         try:
             session.host.set_device(device)
         except DeviceError as error:
+            self._failures += 1
             self._device_lost(error)
+            return False
+        self._failures = 0
+        self._problem = ""
+        return True
 
     def _device_lost(self, error: DeviceError) -> None:
         """Tell the guest, let the device go, and look for it from now on."""
-        self._report(Event.DEVICE_LOST, LogLevel.WARNING, escape(str(error)))
+        if str(error) != self._problem:  # the same failure, again and again, is told once
+            self._report(Event.DEVICE_LOST, LogLevel.WARNING, escape(str(error)))
         session = self._session
         if session is not None:
             session.host.set_device(None)
@@ -491,11 +542,12 @@ class Exporter:
         device, self._device = self._device, None
         if device is not None:
             with contextlib.suppress(DeviceError):
-                device.release(give_back=True)
-            device.close()
+                device.release(give_back=True, reset=may_be_reset(device.device_descriptor))
+            with contextlib.suppress(DeviceError):
+                device.close()
 
     def _look_later(self, error: DeviceError) -> None:
-        self._check_at = self._clock() + CHECK_DEVICE
+        self._check_at = self._clock() + min(CHECK_DEVICE * 2 ** max(0, self._failures - 1), LONGEST_CHECK)
         self._problem = str(error)
 
     def _look_for_device(self, ready: Mapping[int, int]) -> None:
@@ -509,15 +561,19 @@ class Exporter:
         try:
             self._take_device()
         except DeviceError as error:
+            if error.reason == "final":
+                self._report(Event.FAILED, LogLevel.WARNING, escape(str(error)))
+                self._end(error)
+                return
             if error.reason != "missing" and str(error) != self._problem:
                 # Just plugged in, perhaps, and its file not yet ours: told once, tried again.
                 self._report(Event.WAITING_FOR_DEVICE, LogLevel.WARNING, escape(str(error)))
             self._look_later(error)
             _clear_frames(error)
             return
-        self._report(Event.DEVICE_BACK, LogLevel.INFO, "the device is there")
-        if self._session is not None and self._device is not None:
-            self._give_device(self._session, self._device)
+        session, device = self._session, self._device
+        if session is None or device is None or self._give_device(session, device):
+            self._report(Event.DEVICE_BACK, LogLevel.INFO, "the device is there")
 
     # ------------------------------------------------------------ the end
 
@@ -534,7 +590,16 @@ class Exporter:
         self._check_at = None
 
     def _log(self, level: LogLevel, message: str) -> None:
-        self._report(Event.LOG, level, message)
+        """A message of the host, unless there are too many: a guest causes most of them."""
+        now = self._clock()
+        if now >= self._period_ends:
+            suppressed, self._messages = self._messages - MOST_MESSAGES, 0
+            self._period_ends = now + MESSAGE_PERIOD
+            if suppressed > 0:
+                self._report(Event.LOG, LogLevel.WARNING, f"{suppressed} more messages were not shown")
+        self._messages += 1
+        if self._messages <= MOST_MESSAGES:
+            self._report(Event.LOG, level, message)
 
 
 def _clear_frames(error: BaseException | None) -> None:
@@ -573,5 +638,6 @@ def run(exporters: Sequence[Exporter], *, stop_fd: int | None = None) -> None:
                 if exporter.ended:
                     running = [one for one in running if one is not exporter]
     finally:
-        for exporter in exporters:
-            exporter.close()
+        with contextlib.ExitStack() as stack:  # one that cannot be closed does not keep the others open
+            for exporter in exporters:
+                stack.callback(exporter.close)

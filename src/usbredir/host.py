@@ -29,7 +29,7 @@ from ._stream_host import StreamHost
 from ._streams import Stream
 from .capabilities import ALL
 from .descriptors import device_ids
-from .device import Transfer, UsbDevice
+from .device import DO_NOT_RESET, Transfer, UsbDevice, may_be_reset
 from .errors import DeviceError, DeviceLostError, DeviceRejectedError, LocalProtocolError
 from .filter import FilterResult, FilterRule
 from .limits import Limits
@@ -66,7 +66,7 @@ from .packets import (
 from .parser import VERSION, LogLevel, Parser, StreamCallbacks
 from .proto import Capability, Status, TransferType, endpoint_address
 
-__all__ = ["Host", "HostCallbacks", "Limits", "check_device_filter"]
+__all__ = ["DO_NOT_RESET", "Host", "HostCallbacks", "Limits", "check_device_filter"]
 
 CONTROL_TIMEOUT = 5.0
 """Seconds a control transfer may take."""
@@ -82,8 +82,6 @@ DRAIN_LIMIT = 10.0
 """Seconds after which a device that does not give its transfers back counts as lost."""
 NO_ALTERNATE = 255
 """Alternate setting in the answer when there is none to tell."""
-DO_NOT_RESET = {(0x1210, 0x001C), (0x2798, 0x0001)}
-"""Devices (vendor, product) that do not survive a reset; applications may add to it."""
 
 REQUEST_CLEAR_HALT = (0x02, 1, 0)
 """requesttype, request and value of CLEAR_FEATURE(ENDPOINT_HALT)."""
@@ -118,7 +116,8 @@ class Host(StreamHost):
         limits: what the guest may make us hold. Above the queue limits no more requests are read until replies
             were written.
 
-    Raises what :meth:`set_device` raises. The host claims and releases the device, it does not close it.
+    Raises what :meth:`set_device` raises. The host claims and releases the device, it does not close it, unless it
+    wrapped it itself.
     Threads: each method tells. Without *locks*: one thread for everything.
     """
 
@@ -148,6 +147,7 @@ class Host(StreamHost):
         self._guard = self._lock.section()
         self._state = Redirection.NEW
         self._device: UsbDevice | None = None
+        self._made: UsbDevice | None = None  # the device, if it was wrapped here: nobody else can close it
         self._layout: DeviceLayout | None = None
         self._resettable = True
         self._freshly_reset = False
@@ -211,7 +211,14 @@ class Host(StreamHost):
         """
         self._drop_device()
         if device is not None:
-            self._take_device(_wrap(device))
+            ours = _wrap(device)
+            try:
+                self._take_device(ours)
+            except BaseException:
+                if ours is not device:
+                    ours.close()
+                raise
+            self._made = None if ours is device else ours
         self._flush()
 
     def read_guest_data(self) -> None:
@@ -263,6 +270,11 @@ class Host(StreamHost):
     def state(self) -> Redirection:
         """What the guest knows of the device. Threads: any number of callers."""
         return self._state
+
+    @property
+    def has_greeted(self) -> bool:
+        """Whether the guest's hello has come. Threads: any number of callers."""
+        return self._parser.have_peer_capabilities()
 
     def close(self, *, give_back: bool = True) -> None:
         """Release the device and the locks. Idempotent. Threads: one caller, nothing else going on.
@@ -366,8 +378,7 @@ class Host(StreamHost):
         device.claim()
         try:
             layout = DeviceLayout(device)
-            d = layout.descriptor
-            self._resettable = (d.vendor_id, d.product_id) not in DO_NOT_RESET
+            self._resettable = may_be_reset(device.device_descriptor)
             if self._resettable:
                 # A guest's first act is a slow reset: done now, its first one can be skipped.
                 device.reset()
@@ -408,6 +419,9 @@ class Host(StreamHost):
             self._layout = None
             self._freshly_reset = False
             self._device_gone()
+        made, self._made = self._made, None
+        if made is not None:
+            made.close()
         self._flush()
 
     def _device_gone(self) -> None:
@@ -423,7 +437,7 @@ class Host(StreamHost):
                 break
             try:
                 self._device.handle_events(DRAIN_STEP)
-            except DeviceLostError:
+            except DeviceError:
                 break
         with self._guard:
             drained = not self._flying

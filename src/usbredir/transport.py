@@ -354,7 +354,10 @@ def _candidates(address: Address) -> list[tuple[int, Any]]:
     """(address family, socket address) pairs."""
     if address.port is None:
         return [(socket.AF_UNIX, address.host)]
-    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise OSError(errno.EINVAL, "not a host name") from error
     return [(int(family), where) for family, _, _, _, where in found]
 
 
@@ -496,6 +499,10 @@ class Session:
             device.handle_events(0)
         host.write_guest_data()
 
+    def is_occupied(self) -> bool:
+        """Whether the guest is still there, so that others have to be turned away."""
+        return self.host.reading_paused or not self.connection.at_end()
+
     def close(self, *, give_back: bool = True) -> None:
         """Release the device; what is queued is written as far as the socket takes it. Idempotent."""
         with contextlib.suppress(OSError):
@@ -527,7 +534,7 @@ def serve(
                 wanted.append((listener.fileno(), POLLIN))
             ready = poller.wait(wanted, session.timeout())
             session.step(ready)
-            if listener is not None and listener.fileno() in ready and not connection.at_end():
+            if listener is not None and listener.fileno() in ready and session.is_occupied():
                 turn_away(listener, session.host.log)
     except ConnectionClosed:
         return

@@ -20,6 +20,7 @@ import usb.core
 import usb.util
 
 from ..descriptors import Configuration, parse_configuration
+from ..device import may_be_reset
 from ..errors import DeviceClaimError, DeviceError, DeviceLostError, DeviceNotFoundError
 from ..proto import Speed, Status
 from ._exit import is_closed, is_open, register_exit_handler
@@ -350,7 +351,7 @@ class BaseDevice:
     def _let_go(self) -> None:
         """Give everything back and close pyusb's handle."""
         with contextlib.suppress(DeviceError):
-            self.release(give_back=True)
+            self.release(give_back=True, reset=may_be_reset(self.device_descriptor))
         is_closed(self)
         _in_use.discard(self.device._ctx)
         self._handle = None

@@ -77,7 +77,7 @@ def is_sound(transfer: Transfer) -> bool:
     kind, length, endpoint = transfer.kind, transfer.length, transfer.endpoint
     if not (0 <= length <= MAX_LENGTH and 0 <= endpoint <= 0xFF and 0 <= transfer.stream_id <= 0xFFFFFFFF):
         return False
-    if endpoint < 0x80 and len(transfer.data) != length:
+    if not 0 <= transfer.timeout < math.inf or (endpoint < 0x80 and len(transfer.data) != length):
         return False
     if kind is TransferType.BULK or kind is TransferType.INTERRUPT:
         return True
@@ -96,7 +96,7 @@ def description(transfer: Transfer) -> tuple[Any, ...]:
         transfer.length,
         transfer.timeout,
         transfer.stream_id,
-        transfer.iso_lengths,
+        tuple(transfer.iso_lengths),
     )
 
 
@@ -179,7 +179,7 @@ class NativeTransfer:
             described = description(transfer)
             if described == self.described:
                 return
-        self.described = described
+        self.described = None  # until all of it is written
         kind = TRANSFER_TYPE[transfer.kind]
         if transfer.stream_id:
             kind = _libusb.TYPE_BULK_STREAM
@@ -191,7 +191,7 @@ class NativeTransfer:
             0,
             endpoint,
             kind,
-            min(math.ceil(transfer.timeout * 1000), MAX_TIMEOUT) if transfer.timeout > 0 else 0,
+            math.ceil(min(transfer.timeout * 1000, MAX_TIMEOUT)),
             0,
             length,
             0,
@@ -203,6 +203,7 @@ class NativeTransfer:
         if self.packets:
             lengths = [number for length in transfer.iso_lengths for number in (length, 0, 0)]
             _iso_layout(self.packets).pack_into(self._iso, 0, *lengths)
+        self.described = described
 
     def _address_of(self, data: bytes) -> int:
         """The address of *data*, which is kept from now on."""
@@ -222,7 +223,9 @@ class NativeTransfer:
             actual = min(max(actual, 0), transfer.length)
         transfer.actual_length = actual
         if self.described is not None and not self.packets:
-            transfer.data = self._view[:actual].tobytes() if actual < LARGE else self._lend(actual)
+            # A view keeps the whole buffer: it must not be much larger than what is counted as waiting to be sent.
+            large = actual >= LARGE and 2 * actual >= self.capacity
+            transfer.data = self._lend(actual) if large else self._view[:actual].tobytes()
         elif self.packets:
             self._read_packets(transfer)
         elif transfer.endpoint & 0x80:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..errors import DeviceError, DeviceNotFoundError
+from ..errors import DeviceError, DeviceLostError, DeviceNotFoundError
 from . import pyusb
 from ._context import Context
 from ._finding import DeviceSpec, find_all, new_backend, parse_spec, text_of
@@ -77,12 +77,15 @@ class PyusbSource:
         return context.arrivals != seen
 
     def _watch(self) -> Context | None:
-        if self._watcher is None:
-            self._watcher = new_backend()
-            self._seen = 0
-            Context.of(self._watcher).watch()
-        context = Context.of(self._watcher)
-        return context if context.watch() else None
+        """The context that tells of arrivals; None where libusb cannot, or not now."""
+        try:
+            if self._watcher is None:
+                self._watcher = new_backend()
+                self._seen = 0
+            context = Context.of(self._watcher)
+            return context if context.watch() else None
+        except DeviceError:
+            return None
 
 
 class FdSource:
@@ -95,7 +98,7 @@ class FdSource:
     def open(self) -> pyusb.LibusbDevice:
         """The device. Raises DeviceError."""
         if self._opened:
-            raise DeviceNotFoundError("a device that was handed over as a file descriptor cannot be found again")
+            raise DeviceLostError("a device that came as a file descriptor cannot come back", reason="final")
         self._opened = True
         return pyusb.open_fd(self._fd)
 
