@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -255,3 +258,23 @@ def test_what_the_system_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert _system.port_path(hub) == ""
     assert _system.driver_of(hub, 0) == ""
     assert _system.attribute_of(hub, "serial") is None
+
+
+WITHOUT_PACKAGE = """
+import ctypes.util, sys
+sys.modules["libusb_package"] = None  # cannot be imported
+ctypes.util.find_library = lambda name: None  # nor found with the system's tools
+from usbredir.backends._backend import load_library
+print(load_library()._name)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's name of the library")
+def test_the_systems_library() -> None:
+    """Without libusb-package, and without tools to search with."""
+    try:
+        ctypes.CDLL("libusb-1.0.so.0")
+    except OSError:
+        pytest.skip("needs the system's libusb 1.0")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["libusb-1.0.so.0"]

@@ -79,7 +79,6 @@ class Event(Enum):
     CONNECTED = "connected"
     LEFT = "left"
     BROKEN = "broken"
-    TURNED_AWAY = "turned-away"
     WAITING_FOR_DEVICE = "waiting-for-device"
     WAITING_FOR_GUEST = "waiting-for-guest"
     DEVICE_LOST = "device-lost"

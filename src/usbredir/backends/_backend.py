@@ -61,10 +61,15 @@ def _find_library() -> Any:
     return libusb_package.find_library
 
 
+def _system_library(name: str) -> str:
+    """Where there are no tools that could search (a small container): the name under which Linux has it."""
+    return "libusb-1.0.so.0"
+
+
 def load_library() -> Any:
     """pyusb's libusb: what pyusb has loaded already, else libusb-package's, else the system's. Raises DeviceError."""
     if libusb1._lib_object is None:
-        for find in dict.fromkeys((_find_library(), None)):
+        for find in dict.fromkeys((_find_library(), None, _system_library)):
             try:
                 library = libusb1._load_library(find_library=find)
             except usb.libloader.LibraryException:
