@@ -1,6 +1,7 @@
 """The hosts that the cases of ``odd_cases`` run against, and the recording of what usbredirect answers.
 
-Record again, as root, in a folder with Debian trixie, usbredirect and ``/opt/vusb`` (``../shared/vusb/README.md``):
+Record again, as root, in a folder with Debian trixie and usbredirect (see bench/README.md); the bus and the libusb that
+our own tests use are copied into it:
 
     python -m tests.odd_peers --root /path/to/folder
 """
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +24,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import libusb_package
 
 from usbredir import transport
 from usbredir.errors import UsbRedirError
@@ -103,15 +108,29 @@ def read_log(log: Path) -> list[str]:
 # ---------------------------------------------------------------- the hosts
 
 
+@functools.cache
+def bring_bus(root: Path) -> str:
+    """Copy the bus and libusb-package's libusb into *root*; their folder there. Other processes may do so as well."""
+    folder = root / "opt" / "usbredir-tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {"libvusbfs.so": vusb.preload_library(), "libusb-1.0.so.0": Path(str(libusb_package.get_library_path()))}
+    for name, source in sources.items():
+        copy = folder / f"{name}.{os.getpid()}"
+        shutil.copy(source, copy)
+        copy.replace(folder / name)
+    return "/opt/usbredir-tests"
+
+
 def run_peer(case: Case, root: Path) -> Result:
     """usbredirect in the folder *root*."""
+    bus = bring_bus(root)
     with tempfile.TemporaryDirectory(dir=root / "tmp", prefix="usbredir-") as directory, free_port() as port:
         log, inside = Path(directory) / "log", Path("/tmp") / Path(directory).name
         settings = {f"VUSB_{name}": value for name, value in case.settings.items()}
         # The bus keeps files in TMPDIR, which a process that dies leaves behind.
-        settings |= {"VUSB_LOG": f"{inside}/log", "TMPDIR": f"{inside}", "LD_PRELOAD": "/opt/vusb/libvusbfs.so"}
+        settings |= {"VUSB_LOG": f"{inside}/log", "TMPDIR": f"{inside}", "LD_PRELOAD": f"{bus}/libvusbfs.so"}
         words = [f"{name}={value}" for name, value in settings.items()]
-        command = ["chroot", str(root), "/usr/bin/env", "LD_LIBRARY_PATH=/opt/vusb", *words]
+        command = ["chroot", str(root), "/usr/bin/env", f"LD_LIBRARY_PATH={bus}", *words]
         command += ["usbredirect", "--device", DEVICE, "--as", f"127.0.0.1:{port}"]
         with running(command, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}) as process:
             sock = connect(port, process)
@@ -231,7 +250,7 @@ def without_probe(log: list[str]) -> list[str]:
 def main() -> None:
     """Run every case against usbredirect, twice, and write down what it does."""
     arguments = argparse.ArgumentParser(description=main.__doc__)
-    arguments.add_argument("--root", type=Path, required=True, help="folder with usbredirect and /opt/vusb")
+    arguments.add_argument("--root", type=Path, required=True, help="folder with usbredirect")
     arguments.add_argument("--only", default="", help="print the cases whose names contain this; nothing is written")
     options = arguments.parse_args()
     recorded = {}
