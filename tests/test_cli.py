@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ import pytest
 from usbredir import __version__, _describe, _listing, cli, demo
 from usbredir._disk_client import DiskClient
 from usbredir._messages import Failure
-from usbredir.cli import ExitCode, main
+from usbredir.cli import ExitCode
 from usbredir.errors import (
     DeviceError,
 )
@@ -32,21 +31,12 @@ from usbredir.proto import Status
 from usbredir.testing import linked_pair
 from usbredir.virtual import LoopbackDevice, MassStorage
 
+from .command_bed import Run, call_main, signals  # noqa: F401 - a fixture
 from .test_export import Process, guest_at
 
 PATIENCE = 60.0
 """Seconds that a process may take to start, answer or end on a busy machine."""
 COMMAND = [sys.executable, "-m", "usbredir"]
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """main() sets handlers: put back what was there."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -56,31 +46,10 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-class Outcome:
-    """What a run of the command gave."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code = code
-        self.out = out
-        self.err = err
-
-
-Run = Callable[..., Outcome]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Calls main() in this process."""
-
-    def call(*arguments: object) -> Outcome:
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
+    return lambda *arguments: call_main(capsys, *arguments)
 
 
 # ================================================================ help

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from usbredir.transport import POLLIN, Connection, GuestConnection, connect, lis
 from usbredir.virtual import LoopbackDevice, MassStorage
 
 from . import vusb
+from .command_bed import Outcome, Run, call_main, signals  # noqa: F401 - a fixture
 from .strategies import raw_packet
 
 PATIENCE = 60.0
@@ -39,41 +40,10 @@ LOOP = ("--virtual", "loopback")
 HERE = ("--as", "127.0.0.1:0")
 
 
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """The command sets handlers: put back what was there."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-class Outcome:
-    """What a run of the command gave."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code = code
-        self.out = out
-        self.err = err
-
-
-Run = Callable[..., Outcome]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Calls main() in this process."""
-
-    def call(*arguments: object) -> Outcome:
-        try:
-            code = cli.main(["export", *map(str, arguments)])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
+    return lambda *arguments: call_main(capsys, "export", *arguments)
 
 
 def parsed(line: str) -> argparse.Namespace:
