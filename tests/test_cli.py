@@ -31,8 +31,7 @@ from usbredir.proto import Status
 from usbredir.testing import linked_pair
 from usbredir.virtual import LoopbackDevice, MassStorage
 
-from .command_bed import Run, call_main, signals  # noqa: F401 - a fixture
-from .test_export import Process, guest_at
+from .command_bed import Process, Run, call_main, guest_at, signals  # noqa: F401 - a fixture
 
 PATIENCE = 60.0
 """Seconds that a process may take to start, answer or end on a busy machine."""

@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -30,12 +29,9 @@ from usbredir.transport import POLLIN, Connection, GuestConnection, connect, lis
 from usbredir.virtual import LoopbackDevice, MassStorage
 
 from . import vusb
-from .command_bed import Outcome, Run, call_main, signals  # noqa: F401 - a fixture
+from .command_bed import COMMAND, PATIENCE, Outcome, Process, Run, call_main, guest_at, signals  # noqa: F401 - a fixture
 from .strategies import raw_packet
 
-PATIENCE = 60.0
-"""Seconds that a process may take to start, answer or end on a busy machine."""
-COMMAND = [sys.executable, "-m", "usbredir", "export"]
 LOOP = ("--virtual", "loopback")
 HERE = ("--as", "127.0.0.1:0")
 
@@ -353,53 +349,6 @@ def test_real_devices_that_cannot_be_had(
 
 
 # ================================================================ as a process
-
-
-class Process:
-    """A running ``usbredir export``; ended by the end of the with block."""
-
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
-        self.process = subprocess.Popen(
-            [*COMMAND, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        self.lines: list[str] = []
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def line_with(self, text: str) -> str:
-        """The next line of standard error that contains *text*; the process may write others before."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if text in line:
-                return line
-        raise AssertionError(f"no line with {text!r} in {self.lines}")
-
-    def address(self) -> str:
-        return self.line_with("listening on").split()[-1]
-
-    def end(self, number: signal.Signals | None = None) -> int:
-        """Send a signal, if one is given, and wait for the end: the exit code."""
-        if number is not None:
-            self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=PATIENCE)
-        self.lines += err.splitlines(keepends=True)
-        return self.process.returncode
-
-
-def guest_at(address: str) -> tuple[Connection, Guest]:
-    connection = connect(address, PATIENCE)
-    return connection, Guest(GuestConnection(connection))
 
 
 def works(guest: Guest) -> None:
