@@ -97,6 +97,17 @@ until(device, lambda: len(done) == 102)
 out["many_cancelled"] = {int(t.status) for t in hanging} == {Status.CANCELLED}
 out["pooled"] = sum(device._pool.sizes().values())
 
+def change_and_submit(transfer):
+    seen.append(len(transfer.data))
+    if len(seen) < 6:
+        transfer.length = 64 * len(seen) if len(seen) % 2 else transfer.length
+        transfer.endpoint = 0x82
+        assert device.submit(transfer) == 0
+seen = []
+device.submit(make(BULK, 0x82, 3000, change_and_submit))
+until(device, lambda: len(seen) == 6)
+out["changed_by_its_completion"] = seen
+
 out["alternate"] = device.set_alt_setting(1, 1), device.set_alt_setting(1, 7), device.set_alt_setting(9, 0)
 iso = complete(device, make(ISO, 0x84, 3 * 1023, iso_lengths=[1023, 1023, 1023]))
 out["iso_in"] = [int(iso.status)] + [[int(r.status), len(r.data)] for r in iso.iso_results]
@@ -203,6 +214,7 @@ def test_a_timeout_is_in_time(driver: str) -> None:
 @both_drivers
 def test_idle_transfers_are_bounded(driver: str) -> None:
     assert 0 < transfers(driver)["pooled"] <= 2 * _native.MAX_POOLED
+    assert transfers(driver)["changed_by_its_completion"] == [3000, 64, 64, 192, 192, 320]
 
 
 STREAMS = """
@@ -925,8 +937,9 @@ def test_timeouts_that_are_none(timeout: float) -> None:
 def test_a_transfer_that_could_not_be_described(native: _native.NativeTransfer) -> None:
     """Nothing is left of the attempt: the next one describes everything."""
     asked = transfer()
+    native.fill(asked, 1, 2)
     with pytest.raises(struct.error):
-        native.fill(asked, "no address", 2)  # type: ignore[arg-type]
+        native.fill(transfer(length=8), "no address", 2)  # type: ignore[arg-type]
     assert native.described is None
     native.fill(asked, 0x1234, 2)
     assert _libusb.HEAD.unpack(_libusb.bytes_at(native.address, _libusb.HEAD.size))[0] == 0x1234

@@ -648,6 +648,21 @@ def test_a_paused_stream_can_be_stopped_and_started(bed: Bed, device: FakeDevice
     assert bed.news() == [BULK.data(0, b"new")]
 
 
+def test_a_paused_stream_counts(device: FakeDevice) -> None:
+    """Its transfers are submitted again some day: a guest gets no others for them."""
+    bed = Bed(device, limits=Limits(max_transfers=BULK.transfers + 1))
+    started(bed, BULK)
+    overload(bed)
+    for _ in range(BULK.transfers):
+        device.complete(data=b"1")
+    assert not device.in_flight
+    requests = [BulkPacket(id=number, endpoint=BULK.endpoint, length=512) for number in (1, 2)]
+    bed.ask(*requests)
+    assert len(device.in_flight) == 1
+    bed.unblock()
+    assert len(device.in_flight) == BULK.transfers + 1
+
+
 @pytest.mark.parametrize("failure", [Status.IOERROR, DeviceLostError("gone")], ids=str)
 def test_a_paused_stream_cannot_be_resumed(bed: Bed, device: FakeDevice, failure: Status | DeviceLostError) -> None:
     started(bed, BULK)

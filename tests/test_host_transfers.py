@@ -465,6 +465,16 @@ def test_ids_may_repeat(bed: Bed, device: FakeDevice) -> None:
     assert device.cancelled == [first, second]
 
 
+def test_cancelling_one_id_again_and_again(bed: Bed, device: FakeDevice) -> None:
+    """From the oldest to the newest."""
+    lengths = [10, 20, 30, 40]
+    bed.ask(*(bulk_in(5, length) for length in lengths))
+    for _ in lengths:
+        bed.ask(CancelDataPacket(id=5))
+    assert [transfer.length for transfer in device.cancelled] == lengths
+    assert bed.ask(CancelDataPacket(id=5)) == []
+
+
 @pytest.mark.parametrize("wide", [1 << 32, (1 << 64) - 1])
 def test_wide_ids(bed: Bed, device: FakeDevice, wide: int) -> None:
     """QEMU's are addresses: 64 bits count."""
