@@ -34,6 +34,7 @@ from .parser import VERSION, LogLevel, escape
 from .transport import (
     POLLIN,
     POLLOUT,
+    TURNED_AWAY,
     Connection,
     Connector,
     Listener,
@@ -203,8 +204,7 @@ class Listening:
         connection = self._accept(ready, report)
         if connection is not None:
             connection.close()
-            message = f"another guest from {connection.name} was turned away: one at a time"
-            report(Event.LOG, LogLevel.WARNING, message)
+            report(Event.LOG, LogLevel.WARNING, TURNED_AWAY.format(connection.name))
 
     def left(self, *, served: bool) -> None:
         """The guest has left; the next one may come."""

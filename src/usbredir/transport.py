@@ -51,6 +51,8 @@ POLL_ERRORS = 8 | 16
 
 CONNECT_TIMEOUT = 10.0
 """Seconds that connecting may take."""
+TURNED_AWAY = "another guest from {} was turned away: one at a time"
+"""What is logged of a guest that comes while another is served."""
 KEEP_ALIVE_IDLE = 30
 """Seconds of silence before the first keep-alive probe."""
 KEEP_ALIVE_INTERVAL = 10
@@ -546,7 +548,7 @@ def turn_away(listener: Listener, log: Callable[[LogLevel, str], None]) -> None:
     """Refuse one guest that comes while another is served."""
     name = listener.refuse()
     if name:
-        log(LogLevel.WARNING, f"another guest from {name} was turned away: one at a time")
+        log(LogLevel.WARNING, TURNED_AWAY.format(name))
 
 
 # ---------------------------------------------------------------- a guest on a connection
