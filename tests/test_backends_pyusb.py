@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -960,3 +961,36 @@ def test_a_little_data_does_not_keep_a_large_buffer(
     assert native.lent is lent
     pool.give(native)
     pool.close()
+
+
+def test_what_is_sent_is_kept(native: _native.NativeTransfer) -> None:
+    """libusb reads the bytes where they are, whatever becomes of the transfer's own reference."""
+    data = bytes(range(256)) * 32
+    asked = transfer(endpoint=0x02, length=len(data), data=data)
+    before = sys.getrefcount(data)
+    native.fill(asked, 1, 2)
+    asked.data = b""
+    assert sys.getrefcount(data) > before - 1, "somebody else than the transfer refers to it"
+    address = _libusb.HEAD.unpack(_libusb.bytes_at(native.address, _libusb.HEAD.size))[10]
+    assert ctypes.string_at(address, len(data)) == data
+    native.read(asked)
+    assert sys.getrefcount(data) == before - 1
+
+
+FRAGILE = """
+from usbredir import device
+from usbredir.backends.pyusb import open_device
+device.DO_NOT_RESET.add((0x1209, 0x0001))
+opened = open_device("1209:0001")
+opened.claim()
+opened.close()
+"""
+
+
+def test_a_fragile_device_is_closed_without_a_reset(tmp_path: Path) -> None:
+    """Its interfaces go back all the same."""
+    log = tmp_path / "log"
+    vusb.run(FRAGILE, env=vusb.environment(log=log, driver=1))
+    actions = log.read_text().split("\n")
+    assert "reset" not in actions
+    assert {"attach 0", "attach 1"} <= set(actions)
