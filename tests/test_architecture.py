@@ -25,21 +25,22 @@ PATIENCE = 60.0
 """Seconds that an interpreter may take on a busy machine."""
 
 LAYERS: dict[int, str] = {
-    0: "proto errors locking _redirection virtual.medium virtual.fat backends",
+    0: "proto errors locking _redirection virtual.medium virtual.fat virtual.control virtual.microsoft backends",
     1: "capabilities limits filter device _state backends._libusb backends._raw_descriptors backends._system "
     "backends._completions backends._exit",
     2: "_layout descriptors virtual.scsi backends._native backends._backend",
-    3: "packets _queue virtual.base backends._base backends._context",
-    4: "_framing _device_layout _streams virtual.loopback virtual.mass_storage backends._finding backends._synchronous",
-    5: "parser _iso virtual backends.pyusb",
-    6: "_link _stream_host backends._source",
-    7: "host guest",
-    8: "transport testing _describe _disk_client",
-    9: "demo exporter",
-    10: "_messages",
-    11: "_export _listing",
-    12: "cli",
-    13: "__main__",
+    3: "packets _queue virtual.declare backends._base backends._context",
+    4: "_framing _device_layout _streams virtual.base backends._finding backends._synchronous",
+    5: "parser _iso virtual.loopback virtual.mass_storage backends.pyusb",
+    6: "_link _stream_host virtual backends._source",
+    7: "host _exchange",
+    8: "guest",
+    9: "transport testing._pair _describe _disk_client",
+    10: "demo exporter testing",
+    11: "_messages",
+    12: "_export _listing",
+    13: "cli",
+    14: "__main__",
 }
 """A module imports only from lower layers."""
 LEVEL = {name: level for level, names in LAYERS.items() for name in names.split()}
@@ -49,6 +50,8 @@ TESTED_ELSEWHERE = {
     "__main__": ("test_cli.py", "two lines: the command as a process"),
     "_describe": ("test_cli.py", "part of the demonstration"),
     "_disk_client": ("test_cli.py", "part of the demonstration"),
+    "_exchange": ("test_guest.py", "the protocol below Guest; with asyncio in test_aio"),
+    "requests": ("test_guest.py", "each is a call of a guest"),
     "_link": ("test_host.py", "what hosts and guests hand to their parser"),
     "_framing": (
         "test_parser.py",
@@ -69,7 +72,8 @@ TESTED_ELSEWHERE = {
     "backends._system": ("test_backends_finding.py", "what is told with devices and errors"),
     "demo": ("test_cli.py", "a command"),
     "device": ("test_virtual_base.py", "an interface; the tests of what satisfies it"),
-    "testing": ("test_guest.py", "linked_pair is what these tests stand on"),
+    "testing": ("test_guest.py", "re-exports"),
+    "testing._pair": ("test_guest.py", "linked_pair is what these tests stand on"),
     "virtual": ("test_virtual_base.py", "re-exports"),
 }
 """Modules without a test file of their own name: which tests them, and why."""

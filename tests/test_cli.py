@@ -249,7 +249,7 @@ def test_a_device_of_unknown_speed_as_text(speed: int) -> None:
     host, guest = linked_pair(LoopbackDevice())
     with host, guest:
         assert guest.device is not None
-        guest.device = DeviceConnect(speed=speed)
+        guest._exchange.device = DeviceConnect(speed=speed)
         assert "  speed          unknown" in list(_describe.describe_device(guest))
 
 

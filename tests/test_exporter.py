@@ -244,8 +244,8 @@ def test_a_guest_that_follows_at_once_is_not_turned_away(bench: Bench) -> None:
     bench.loopback()
     former = bench.guest()
     works(former)
-    former._parser.send(GetConfiguration(id=99))
-    former._parser.do_write()
+    former._exchange.parser.send(GetConfiguration(id=99))
+    former._exchange.parser.do_write()
     leave(former)
     works(bench.guest())
     assert not [message for message in bench.messages(Event.LOG) if "turned away" in message]
@@ -904,7 +904,7 @@ def test_messages_are_limited(bench: Bench) -> None:
     guest = bench.guest()
     works(guest)
     for number in range(1000):
-        guest._parser.send(GetAltSetting(id=number, interface=99))
+        guest._exchange.parser.send(GetAltSetting(id=number, interface=99))
     guest.process()
     assert guest.get_configuration(timeout=PATIENCE)[0] == Status.SUCCESS
     assert len(bench.messages(Event.LOG)) <= exporter.MOST_MESSAGES + 1

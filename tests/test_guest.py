@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from usbredir import _exchange, requests
 from usbredir import guest as guest_module
 from usbredir.device import TransferResult
 from usbredir.errors import (
@@ -231,7 +232,7 @@ def test_receiving_that_cannot_start(guest: Guest, start: Callable[[Guest], int]
 
 
 def test_receiving_that_is_not_started(guest: Guest) -> None:
-    with pytest.raises(LocalProtocolError, match="0x83 is not started"):
+    with pytest.raises(LocalProtocolError, match="no stream on endpoint 0x83"):
         guest.receive(INTERRUPT_IN)
 
 
@@ -331,6 +332,9 @@ class RawHost(GuestCallbacks):
     """A host of which only the parser is real: *answer* says what it sends for each packet.
 
     Waiting runs it. When it has nothing to say, time passes.
+
+    Attributes:
+        readable: reading would not wait, whatever the parser has to say.
     """
 
     def __init__(self, clock: FakeTime, word: Iterable[int] = range(8)) -> None:
@@ -340,6 +344,7 @@ class RawHost(GuestCallbacks):
         self.answer: Callable[[Packet], Iterable[Packet]] = lambda packet: ()
         self.requests: list[Packet] = []
         self.messages: list[tuple[LogLevel, str]] = []
+        self.readable = False
 
     def log(self, level: LogLevel, message: str) -> None:
         self.messages.append((level, message))
@@ -360,7 +365,7 @@ class RawHost(GuestCallbacks):
         self.requests += requests
         for request in requests:
             self.send(*self.answer(request))
-        if not self.parser.has_data_to_write():
+        if not (self.parser.has_data_to_write() or self.end.output or self.readable):
             if timeout is None:
                 raise Stuck
             self.clock.now += timeout + 0.001
@@ -374,6 +379,7 @@ class RawHost(GuestCallbacks):
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     clock = FakeTime()
     monkeypatch.setattr(guest_module, "time", clock)
+    monkeypatch.setattr(_exchange, "time", clock)
     return clock
 
 
@@ -474,8 +480,8 @@ def test_answers_that_nobody_asked_for(prey: Guest, raw: RawHost, packet: Packet
     raw.send(*[packet] * 3)
     prey.process()
     assert all(level == LogLevel.WARNING for level, _ in raw.messages[1:])
-    assert not prey._replies
-    assert not prey._received
+    assert not prey._exchange.busy
+    assert not prey._exchange.streams
     raw.answer = lambda request: [ConfigurationStatus(id=request.id, configuration=9)]
     while prey.get_configuration() == (Status.SUCCESS, 9):
         if raw.requests[-1].id > packet.id:
@@ -492,7 +498,7 @@ def test_an_answer_counts_once(prey: Guest, raw: RawHost) -> None:
     ]
     assert prey.bulk_in(0x81, 64).data == b"first"
     assert prey.bulk_in(0x81, 64).data == b"first"
-    assert not prey._replies
+    assert not prey._exchange.busy
     assert sum(level == LogLevel.WARNING for level, _ in raw.messages) >= 2
 
 
@@ -528,10 +534,10 @@ def test_requests_that_are_never_answered(prey: Guest, raw: RawHost, call: Any, 
     with pytest.raises(TimeoutError):
         getattr(prey, name)(*arguments, timeout=3.0)
     assert 3.0 <= clock.now - started < 4.0
-    assert not prey._replies
+    assert not prey._exchange.busy
     raw.send(ConfigurationStatus(id=raw.requests[-1].id))
     prey.process()
-    assert not prey._replies
+    assert not prey._exchange.busy
 
 
 @pytest.mark.parametrize("call", CALLS[:15])
@@ -539,7 +545,10 @@ def test_without_a_time_calls_wait_for_ever(prey: Guest, call: Callable[[Guest],
     """Except get_descriptor, which has a time of its own."""
     with contextlib.suppress(Stuck):
         assert call(prey) == b""
-    assert not prey._replies
+    # What was given up by the caller is cancelled at the host, where that is possible.
+    left = prey._exchange._pending.values()
+    assert all(pending.cancelled_as is not None for pending in left)
+    raw.answer = lambda request: [BulkPacket(id=request.id, endpoint=0x81), ControlPacket(id=request.id)]
 
 
 def test_a_cancel_that_is_answered(prey: Guest, raw: RawHost, clock: FakeTime) -> None:
@@ -571,11 +580,11 @@ def test_a_cancel_that_is_not_answered(prey: Guest, raw: RawHost, clock: FakeTim
     """Given up after a while; a late answer is dropped."""
     started = clock.now
     assert prey.bulk_in(0x81, 64, timeout=2.0) == TransferResult(Status.TIMEOUT, b"")
-    assert clock.now - started <= 2.0 + guest_module.CANCEL_GRACE + 1
-    assert not prey._replies
+    assert clock.now - started <= 2.0 + _exchange.CANCEL_GRACE + 1
+    assert not prey._exchange.busy
     raw.send(BulkPacket(id=raw.requests[0].id, endpoint=0x81, data=b"late"))
     prey.process()
-    assert not prey._replies
+    assert not prey._exchange.busy
 
 
 def test_a_cancellation_by_the_host_is_a_result(prey: Guest, raw: RawHost) -> None:
@@ -589,7 +598,7 @@ def test_the_device_goes_instead_of_an_answer(prey: Guest, raw: RawHost, call: C
     with pytest.raises(DeviceLostError):
         call(prey)
     assert prey.device is None
-    assert not prey._replies
+    assert not prey._exchange.busy
     with pytest.raises(DeviceLostError):
         call(prey)
 
@@ -706,31 +715,32 @@ def test_receiving_that_was_stopped(prey: Guest, raw: RawHost) -> None:
 
 @pytest.mark.parametrize("size", [0, 1000])
 def test_endless_stream_data_is_bounded(prey: Guest, raw: RawHost, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packets without data count as well; the error says what to do; what came before is there."""
-    monkeypatch.setattr(guest_module, "MAX_BACKLOG", 100_000)
+    """Packets without data count as well. What came before is there, then the error says what to do."""
+    monkeypatch.setattr(_exchange, "MAX_BACKLOG", 100_000)
     start_receiving(prey, raw)
-
-    def flood() -> None:
-        while True:
-            raw.send(*[InterruptPacket(endpoint=0x83, data=bytes(size))] * 100)
-            prey.process()
-
-    with pytest.raises(LocalProtocolError, match="receive"):
-        flood()
-    assert prey._received[0x83].backlog <= 100_000
+    for _ in range(20):
+        raw.send(*[InterruptPacket(endpoint=0x83, data=bytes(size))] * 100)
+        prey.process()
+    assert prey._exchange.backlog <= 100_000
+    raw.send(BufferedBulkPacket(endpoint=0x82, data=bytes(1000)))
+    prey.process()
     kept = 0
-    while prey.receive(0x83, timeout=0).status == Status.SUCCESS:
-        kept += 1
-    assert 50 < kept < 2000
-    # What had room, and what was still on its way: less than the last hundred.
-    assert (kept - 100) * (size + guest_module.PACKET_COST) <= 100_000
+    with pytest.raises(LocalProtocolError, match="receive"):
+        while prey.receive(0x83, timeout=0).status == Status.SUCCESS:
+            kept += 1
+    assert kept == 100_000 // (size + _exchange.PACKET_COST)
+    assert prey._exchange.backlog == 0
+    for endpoint in (0x83, 0x82):
+        with pytest.raises(LocalProtocolError, match="dropped"):
+            prey.receive(endpoint, timeout=0)
+    start_receiving(prey, raw)
     raw.send(InterruptPacket(endpoint=0x83, data=b"more"))
     assert prey.receive(0x83, timeout=1).data == b"more"
 
 
 def test_a_stream_that_never_pauses(prey: Guest, raw: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device faster than the guest: calls end as soon as they have their answer; what is not read waits outside."""
-    monkeypatch.setattr(guest_module, "MAX_BACKLOG", 10_000_000)
+    monkeypatch.setattr(_exchange, "MAX_BACKLOG", 10_000_000)
     start_receiving(prey, raw)
     plain_read = raw.read
 
@@ -739,9 +749,10 @@ def test_a_stream_that_never_pauses(prey: Guest, raw: RawHost, monkeypatch: pyte
         return plain_read(count)
 
     monkeypatch.setattr(raw, "read", read)
+    raw.readable = True
     for _ in range(100):
         assert len(prey.receive(0x82).data) == 512
-    assert prey._received[0x82].backlog < 1_000_000
+    assert prey._exchange.backlog < 1_000_000
     raw.answer = lambda request: [reply_to(request)]
     assert prey.bulk_out(1, b"x").status == Status.SUCCESS
 
@@ -751,27 +762,28 @@ def test_stream_data_that_nobody_wants_is_dropped(prey: Guest, raw: RawHost) -> 
         raw.send(*[BufferedBulkPacket(endpoint=endpoint, data=bytes(100)) for endpoint in range(0x80, 0x90)])
         raw.send(*[IsoPacket(endpoint=0x84, data=bytes(100))] * 10)
         prey.process()
-    assert not prey._received
+    assert not prey._exchange.streams
 
 
 # ---------------------------------------------------------------- hosts that break the protocol
 
 
-def test_bad_packets_pass_through(prey: Guest, raw: RawHost) -> None:
-    """RemoteProtocolError; the connection can be used on."""
+def test_a_bad_packet_ends_the_connection(prey: Guest, raw: RawHost) -> None:
+    """RemoteProtocolError for this call and for every later one: who knows what the next bytes are."""
     raw.end.output += raw_packet(99, b"junk")
-    with pytest.raises(RemoteProtocolError):
-        prey.bulk_in(0x81, 64)
-    assert not prey._replies
-    raw.answer = lambda request: [reply_to(request)]
-    assert prey.bulk_out(1, b"x").status == Status.SUCCESS
+    for call in (*CALLS, Guest.wait_for_device, Guest.wait_for_disconnect, Guest.reject):
+        with pytest.raises(RemoteProtocolError) as caught:
+            call(prey)
+        assert caught.value.packet_type == 99
+    assert not prey._exchange.busy
 
 
 def test_the_connection_closes(prey: Guest, raw: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(raw, "read", lambda count: b"")
+    raw.readable = True
     with pytest.raises(ConnectionClosed):
         prey.bulk_in(0x81, 64)
-    assert not prey._replies
+    assert not prey._exchange.busy
 
 
 def test_an_exception_of_the_stream_passes_through(prey: Guest, raw: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -779,9 +791,10 @@ def test_an_exception_of_the_stream_passes_through(prey: Guest, raw: RawHost, mo
         raise ConnectionResetError
 
     monkeypatch.setattr(raw, "read", reset)
+    raw.readable = True
     with pytest.raises(ConnectionResetError):
         prey.get_configuration()
-    assert not prey._replies
+    assert not prey._exchange.busy
 
 
 def test_devices_that_come_and_go(prey: Guest, raw: RawHost) -> None:
@@ -814,7 +827,7 @@ def test_requests_that_cannot_be_sent(prey: Guest, raw: RawHost) -> None:
     for mistake in mistakes:
         with pytest.raises((LocalProtocolError, ValueError)):
             mistake()
-        assert not prey._replies
+        assert not prey._exchange.busy
     prey.process()
     raw.wait(0, writing=False)
     assert not raw.requests
@@ -889,8 +902,8 @@ def test_a_request_asks_for_writing_until_it_is_written(
 
 def test_endless_disconnects_do_not_fill_the_queue(prey: Guest, raw: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wants to be confirmed; a host that does not read the confirmations is not read either."""
-    monkeypatch.setattr(prey._parser._queue, "_drain", lambda: True)  # the host takes nothing
+    monkeypatch.setattr(prey._exchange.parser._queue, "_drain", lambda: True)  # the host takes nothing
     for _ in range(20):
         raw.send(*[DeviceDisconnect()] * 1000)
         prey.process()
-    assert prey.has_data_to_write() <= guest_module.MAX_WAITING + 65536 // 16
+    assert prey.has_data_to_write() <= _exchange.MAX_WAITING + 65536 // 16

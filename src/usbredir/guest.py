@@ -1,7 +1,8 @@
-"""The side that uses a device: sends requests to a host, matches the answers, as blocking calls.
+"""The side that uses a device: requests to a host as blocking calls and as futures, from any number of threads.
 
-How data flows: a call queues its request and then lets the application's ``wait`` move bytes until the answer is there;
-what else arrives meanwhile (received interrupt data, a device that comes or goes) is kept for the call that wants it.
+How data flows: a call queues its request and waits. One of the threads that wait reads for all of them (the *reader*):
+it hands every answer to whom it belongs, and the next thread takes over when it has its own. With ``background=True``
+a thread of the guest reads all the time, so that futures progress while nobody waits.
 
 Stall, babble, timeout and cancellation are results (:class:`~usbredir.device.TransferResult`), not exceptions.
 Source: docs/guest.md.
@@ -9,76 +10,47 @@ Source: docs/guest.md.
 
 from __future__ import annotations
 
-import itertools
+import concurrent.futures
+import contextlib
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import Concatenate, ParamSpec, TypeVar
 
-from ._link import Link
+from . import requests
+from ._exchange import FATAL, Exchange, Pending
 from .capabilities import ALL
 from .device import TransferResult
-from .errors import DeviceLostError, LocalProtocolError
+from .errors import ConnectionClosed, LocalProtocolError
 from .filter import FilterRule
 from .limits import Limits
-from .packets import (
-    AltSettingStatus,
-    BufferedBulkPacket,
-    BulkPacket,
-    BulkReceivingStatus,
-    BulkStreamsStatus,
-    CancelDataPacket,
-    ConfigurationStatus,
-    ControlPacket,
-    DeviceConnect,
-    DeviceDisconnect,
-    EpInfo,
-    FilterFilter,
-    FilterReject,
-    GetAltSetting,
-    GetConfiguration,
-    Hello,
-    InterfaceInfo,
-    InterruptPacket,
-    InterruptReceivingStatus,
-    IsoPacket,
-    IsoStreamStatus,
-    Packet,
-    Reset,
-    SetAltSetting,
-    SetConfiguration,
-    StartBulkReceiving,
-    StartInterruptReceiving,
-    StopBulkReceiving,
-    StopInterruptReceiving,
-)
-from .parser import VERSION, LogLevel, Parser, StreamCallbacks
+from .packets import DeviceConnect, EpInfo, InterfaceInfo
+from .parser import VERSION, StreamCallbacks
 from .proto import Status
+from .requests import Request
 
 __all__ = ["Guest", "GuestCallbacks", "TransferResult"]
 
-CANCEL_GRACE = 5.0
-"""Seconds that the host has to answer a cancelled request; later answers are dropped."""
-MAX_BACKLOG = 64 * 1024 * 1024
-"""Received stream data that waits to be taken, in bytes per endpoint; more ends in an error."""
-MAX_WAITING = 4096
-"""Packets waiting to be written above which nothing is read."""
-READS_AT_ONCE = 16
-"""Reads before a call looks at its timeout again."""
-PACKET_COST = 128
-"""Bytes that a waiting packet counts beside its data."""
-
 GET_DESCRIPTOR = 6
+DESCRIPTOR_TIMEOUT = 5.0
+"""Seconds that a device has for a descriptor."""
+ISO_PACKETS_AHEAD = 64
+"""Isochronous packets that may wait to be written before ``iso_out`` waits."""
+HIGH_BACKLOG = 1024 * 1024
+"""Received stream data above which the background thread reads no more while no request waits, in bytes."""
+CLOSE_PATIENCE = 10.0
+"""Seconds that another thread may need to notice that the guest is closed."""
 
-Key = tuple[type[Packet], int]
-StreamRequest = StartInterruptReceiving | StopInterruptReceiving | StartBulkReceiving | StopBulkReceiving
-StreamStatus = IsoStreamStatus | InterruptReceivingStatus | BulkReceivingStatus
-STREAM_REQUESTS = (StartInterruptReceiving, StopInterruptReceiving, StartBulkReceiving, StopBulkReceiving)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class GuestCallbacks(StreamCallbacks):
-    """What an application provides to a :class:`Guest`. Threads: the one that calls the guest."""
+    """What an application provides to a :class:`Guest`.
+
+    Threads: those that call the guest; ``read`` and ``wait`` are called by one at a time, ``write`` too.
+    """
 
     logger = "usbredir.guest"
 
@@ -86,38 +58,39 @@ class GuestCallbacks(StreamCallbacks):
         """Block until the stream can be read (or, with *writing*, written), at most *timeout* seconds."""
         raise NotImplementedError("override wait() to use blocking calls")
 
+    def wake(self) -> None:
+        """Make a ``wait`` of another thread return, now or the next time. Needed for guests of several threads."""
 
-class _Received:
-    """What came on an endpoint that is being received, and was not taken yet.
 
-    backlog: what waits, in bytes. ended: the status with which the host ended the stream, or None.
-    """
+def _blocking(make: Callable[P, Request[T]]) -> Callable[Concatenate[Guest, P], T]:
+    """The method that sends a request and waits for its answer."""
 
-    def __init__(self) -> None:
-        self.waiting: deque[InterruptPacket | BufferedBulkPacket] = deque()
-        self.backlog = 0
-        self.ended: int | None = None
+    def method(self: Guest, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.call(make(*args, **kwargs))
+
+    requests.like(make, method)
+    return method
 
 
 class Guest:
     """Uses the device of one host.
 
     Args:
-        callbacks: the application: stream, log and ``wait``.
+        callbacks: the application: stream, log, ``wait`` and ``wake``.
         version: text for hello.
         capabilities: what to announce.
         rules: filter rules to tell the host.
         limits: what the host may make us hold.
+        background: start a thread that reads all the time; :meth:`close` ends it.
 
-    Every call may raise ConnectionClosed, RemoteProtocolError, and what the callbacks raise; calls that need a device
-    raise DeviceLostError when there is none. *timeout* is in seconds, None waits for ever.
-    Threads: one caller at a time.
+    Every call may raise ConnectionClosed, RemoteProtocolError, and what the callbacks raise; once the connection has
+    ended, all calls that wait and all later ones raise what ended it. Calls that need a device raise DeviceLostError
+    when there is none. *timeout* is in seconds, None waits for ever.
+    Threads: any, except :meth:`process`, :meth:`close` and what the constructor does: one.
 
     Attributes:
-        device: DeviceConnect of the present device, or None.
-        interfaces: its latest InterfaceInfo.
-        endpoints: its latest EpInfo.
-        host_filter: the rules that the host sent, or None.
+        host_version: what the host calls itself, "" before its hello.
+        packets_received: packets that came, of any kind.
     """
 
     def __init__(
@@ -128,83 +101,109 @@ class Guest:
         capabilities: Iterable[int] = ALL,
         rules: Sequence[FilterRule] = (),
         limits: Limits = Limits(),  # noqa: B008 - immutable
+        background: bool = False,
     ) -> None:
-        self.device: DeviceConnect | None = None
-        self.interfaces: InterfaceInfo | None = None
-        self.endpoints: EpInfo | None = None
-        self.host_filter: tuple[FilterRule, ...] | None = None
-        self.host_version = ""
-        self.packets_received = 0
         self._callbacks = callbacks
-        self._rules = rules
-        self._ids = itertools.count(1)
-        self._replies: dict[Key, Packet | None] = {}  # None: expected
-        self._received: dict[int, _Received] = {}  # by endpoint
-        self._stream_requests: dict[int, int] = {}  # id of the start or stop that waits, by endpoint
-        self._reads_left = 0
-        self._done: Callable[[], bool] | None = None  # what the present call waits for
-        self._handlers: dict[type[Packet], Callable[[Any], None]] = {
-            Hello: self._on_hello,
-            DeviceConnect: self._on_connect,
-            DeviceDisconnect: self._on_disconnect,
-            InterfaceInfo: self._on_interface_info,
-            EpInfo: self._on_ep_info,
-            ConfigurationStatus: self._on_reply,
-            AltSettingStatus: self._on_reply,
-            IsoStreamStatus: self._on_stream_status,
-            InterruptReceivingStatus: self._on_stream_status,
-            BulkStreamsStatus: self._on_reply,
-            FilterFilter: self._on_filter,
-            BulkReceivingStatus: self._on_stream_status,
-            ControlPacket: self._on_reply,
-            BulkPacket: self._on_reply,
-            IsoPacket: self._on_iso,
-            InterruptPacket: self._on_interrupt,
-            BufferedBulkPacket: self._on_stream_data,
-        }
-        link = Link(callbacks, self._has_enough, self._packet_received)
-        self._parser = Parser(link, version=version, capabilities=capabilities, limits=limits)
+        self._exchange = Exchange(
+            callbacks, self._hold, version=version, capabilities=capabilities, rules=rules, limits=limits
+        )
+        self._turn = threading.Lock()  # held by the reader
+        self._reader = 0  # its thread's number
+        self._wants: Callable[[], bool] | None = None  # what the reader waits for; None: whatever comes
+        self._changed = threading.Condition()  # told to all others after what the reader has read
+        self._followers = 0  # threads that wait for it; guarded by it
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        if background:
+            self._thread = threading.Thread(target=self._run, name="usbredir guest", daemon=True)
+            self._thread.start()
 
     # ------------------------------------------------------------ the connection
 
+    @property
+    def device(self) -> DeviceConnect | None:
+        """The present device, or None."""
+        return self._exchange.device
+
+    @property
+    def interfaces(self) -> InterfaceInfo | None:
+        """The latest InterfaceInfo of the present device."""
+        return self._exchange.interfaces
+
+    @property
+    def endpoints(self) -> EpInfo | None:
+        """The latest EpInfo of the present device."""
+        return self._exchange.endpoints
+
+    @property
+    def host_filter(self) -> tuple[FilterRule, ...] | None:
+        """The rules that the host sent, or None."""
+        return self._exchange.host_filter
+
+    @property
+    def host_version(self) -> str:
+        """What the host calls itself; empty before its hello."""
+        return self._exchange.host_version
+
+    @property
+    def packets_received(self) -> int:
+        """Packets that came, of any kind."""
+        return self._exchange.packets_received
+
     def wait_for_device(self, timeout: float | None = None) -> DeviceConnect:
         """The device, as soon as the host has announced one. Raises TimeoutError."""
-        if not self._pump(lambda: self.device is not None, timeout):
+        if not self._until(lambda: self._exchange.device is not None, timeout):
             raise TimeoutError("the host has announced no device in time")
-        assert self.device is not None
-        return self.device
+        device = self._exchange.device
+        return self.wait_for_device(timeout) if device is None else device  # it may have gone again
 
     def wait_for_disconnect(self, timeout: float | None = None) -> None:
         """Return when the device is gone. Raises TimeoutError."""
-        if not self._pump(lambda: self.device is None, timeout):
+        if not self._until(lambda: self._exchange.device is None, timeout):
             raise TimeoutError("the device is still there")
+        self._exchange.check_connection()
 
     def process(self) -> None:
-        """Write what is queued and read what has arrived, without waiting, at most 1 MiB of it."""
-        self._reads_left = READS_AT_ONCE
-        self._parser.do_write()
-        self._parser.do_read()
-        self._parser.do_write()
+        """Write what is queued and read what has arrived, without waiting, at most 1 MiB of it.
+
+        For an application with a loop of its own; not with ``background``. Threads: one, and no call that waits.
+        """
+        with self._turn:
+            self._wants = None
+            self._write()
+            self._read()
+            self._write()
+            self._exchange.expire()
+        self._tell()
 
     def has_data_to_write(self) -> int:
         """Packets queued."""
-        return self._parser.has_data_to_write()
+        return self._exchange.parser.has_data_to_write()
 
     def reject(self) -> None:
         """Refuse the device. Raises LocalProtocolError when the host has no filter capability."""
-        self._parser.send(FilterReject())
-        self._parser.do_write()
-        self.device = None
+        self._exchange.reject()
+        self._flush()
 
     def reset(self) -> None:
         """Reset the device. There is no answer."""
-        self._need_device()
-        self._parser.send(Reset())
-        self._parser.do_write()
+        self._exchange.reset()
+        self._flush()
 
     def close(self) -> None:
-        """Release what the guest holds. Idempotent. The stream is the application's to close."""
-        self._parser.close()
+        """End all calls that wait, with ConnectionClosed, and release what the guest holds. Idempotent.
+
+        The stream is the application's to close. Threads: any, but not the reader's (a callback of a future).
+        """
+        self._closed = True
+        self._exchange.fail(ConnectionClosed("the guest was closed"))
+        self._tell()
+        self._callbacks.wake()
+        if self._thread is not None:
+            self._thread.join(CLOSE_PATIENCE)
+        if self._turn.acquire(timeout=CLOSE_PATIENCE):
+            self._exchange.parser.close()
+            self._turn.release()
 
     def __enter__(self) -> Guest:
         return self
@@ -214,323 +213,255 @@ class Guest:
     ) -> None:
         self.close()
 
-    # ------------------------------------------------------------ configuration
+    # ------------------------------------------------------------ requests
 
-    def get_configuration(self, *, timeout: float | None = None) -> tuple[int, int]:
-        """(status, configuration value; 0 = unconfigured)."""
-        return self._ask_configuration(GetConfiguration(id=next(self._ids)), timeout)
+    get_configuration = _blocking(requests.get_configuration)
+    set_configuration = _blocking(requests.set_configuration)
+    get_alt_setting = _blocking(requests.get_alt_setting)
+    set_alt_setting = _blocking(requests.set_alt_setting)
+    control_in = _blocking(requests.control_in)
+    control_out = _blocking(requests.control_out)
+    clear_halt = _blocking(requests.clear_halt)
+    bulk_in = _blocking(requests.bulk_in)
+    bulk_out = _blocking(requests.bulk_out)
+    interrupt_out = _blocking(requests.interrupt_out)
+    start_interrupt_receiving = _blocking(requests.start_interrupt_receiving)
+    stop_interrupt_receiving = _blocking(requests.stop_interrupt_receiving)
+    start_bulk_receiving = _blocking(requests.start_bulk_receiving)
+    stop_bulk_receiving = _blocking(requests.stop_bulk_receiving)
+    start_iso_stream = _blocking(requests.start_iso_stream)
+    stop_iso_stream = _blocking(requests.stop_iso_stream)
+    alloc_streams = _blocking(requests.alloc_streams)
+    free_streams = _blocking(requests.free_streams)
 
-    def set_configuration(self, value: int, *, timeout: float | None = None) -> tuple[int, int]:
-        """Select a configuration; (status, configuration value now active)."""
-        return self._ask_configuration(SetConfiguration(id=next(self._ids), configuration=value), timeout)
+    def call(self, request: Request[T]) -> T:
+        """Send a request and wait for its answer."""
+        pending = self._exchange.start(request)
+        try:
+            self._write()
+            self._until(lambda: pending.done, None)
+        except BaseException:
+            if not pending.done:
+                self._exchange.abandon(pending)
+                with contextlib.suppress(Exception):
+                    self._write()
+            raise
+        return pending.result()
 
-    def get_alt_setting(self, interface: int, *, timeout: float | None = None) -> tuple[int, int]:
-        """(status, alternate setting of *interface*)."""
-        return self._ask_alternate(GetAltSetting(id=next(self._ids), interface=interface), timeout)
+    def submit(self, request: Request[T]) -> concurrent.futures.Future[T]:
+        """Send a request: the future of its answer, as in ``guest.submit(requests.bulk_in(0x81, 512)).result()``.
 
-    def set_alt_setting(self, interface: int, alt: int, *, timeout: float | None = None) -> tuple[int, int]:
-        """Select an alternate setting; (status, alternate setting now active)."""
-        return self._ask_alternate(SetAltSetting(id=next(self._ids), interface=interface, alt=alt), timeout)
+        Raises as a call does when it cannot be sent. Cancelling the future cancels the transfer at the host: the
+        future's result follows, with status CANCELLED, or what the transfer has become meanwhile.
 
-    def _ask_configuration(self, packet: Packet, timeout: float | None) -> tuple[int, int]:
-        reply = cast(ConfigurationStatus, self._ask(packet, ConfigurationStatus, timeout))
-        return reply.status, reply.configuration
-
-    def _ask_alternate(self, packet: Packet, timeout: float | None) -> tuple[int, int]:
-        reply = cast(AltSettingStatus, self._ask(packet, AltSettingStatus, timeout))
-        return reply.status, reply.alt
-
-    # ------------------------------------------------------------ transfers
-
-    def control_in(
-        self, request_type: int, request: int, value: int, index: int, length: int, *, timeout: float | None = None
-    ) -> TransferResult:
-        """A control transfer with an IN data stage of up to *length* bytes (at most 65535)."""
-        return self._transfer(
-            ControlPacket(
-                id=next(self._ids),
-                endpoint=0x80,
-                requesttype=request_type,
-                request=request,
-                value=value,
-                index=index,
-                length=length,
-            ),
-            timeout,
-        )
-
-    def control_out(
-        self,
-        request_type: int,
-        request: int,
-        value: int,
-        index: int,
-        data: bytes | bytearray | memoryview = b"",
-        *,
-        timeout: float | None = None,
-    ) -> TransferResult:
-        """A control transfer with an OUT data stage, or none."""
-        return self._transfer(
-            ControlPacket(
-                id=next(self._ids),
-                endpoint=0,
-                requesttype=request_type,
-                request=request,
-                value=value,
-                index=index,
-                data=data,
-            ),
-            timeout,
-        )
+        Callbacks of the future run in the thread that reads and must not wait for the guest. Without ``background``
+        it progresses while some thread waits for it or for anything else of the guest.
+        """
+        future: _Future[T] = _Future(self)
+        future.pending = self._exchange.start(request, future.complete)
+        self._flush()
+        return future
 
     def get_descriptor(self, kind: int, index: int = 0, length: int = 255, *, language: int = 0) -> bytes:
         """A descriptor of the device, empty when it has none. *length* is the most to ask for, in bytes."""
-        result = self.control_in(0x80, GET_DESCRIPTOR, kind << 8 | index, language, length, timeout=5.0)
+        result = self.control_in(0x80, GET_DESCRIPTOR, kind << 8 | index, language, length, timeout=DESCRIPTOR_TIMEOUT)
         return bytes(result.data) if result.status == Status.SUCCESS else b""
 
-    def clear_halt(self, endpoint: int, *, timeout: float | None = None) -> TransferResult:
-        """Clear the halt of an endpoint."""
-        return self.control_out(0x02, 1, 0, endpoint, timeout=timeout)
-
-    def bulk_in(
-        self, endpoint: int, length: int, *, stream_id: int = 0, timeout: float | None = None
-    ) -> TransferResult:
-        """Read up to *length* bytes, at most 128 MiB."""
-        packet = BulkPacket(id=next(self._ids), endpoint=endpoint, length=length, stream_id=stream_id)
-        return self._transfer(packet, timeout)
-
-    def bulk_out(
-        self,
-        endpoint: int,
-        data: bytes | bytearray | memoryview,
-        *,
-        stream_id: int = 0,
-        timeout: float | None = None,
-    ) -> TransferResult:
-        """Write *data*, at most 128 MiB."""
-        packet = BulkPacket(id=next(self._ids), endpoint=endpoint, data=data, stream_id=stream_id)
-        return self._transfer(packet, timeout)
-
-    def interrupt_out(
-        self, endpoint: int, data: bytes | bytearray | memoryview, *, timeout: float | None = None
-    ) -> TransferResult:
-        """Write *data* to an interrupt endpoint, at most one packet."""
-        return self._transfer(InterruptPacket(id=next(self._ids), endpoint=endpoint, data=data), timeout)
-
-    # ------------------------------------------------------------ receiving
-
-    def start_interrupt_receiving(self, endpoint: int, *, timeout: float | None = None) -> int:
-        """Start polling an interrupt IN endpoint. Returns a status."""
-        return self._start_receiving(StartInterruptReceiving(id=next(self._ids), endpoint=endpoint), timeout)
-
-    def stop_interrupt_receiving(self, endpoint: int, *, timeout: float | None = None) -> int:
-        """Stop polling an interrupt IN endpoint; what was not taken is dropped. Returns a status."""
-        return self._stop_receiving(StopInterruptReceiving(id=next(self._ids), endpoint=endpoint), timeout)
-
-    def start_bulk_receiving(
-        self, endpoint: int, bytes_per_transfer: int, transfers: int = 5, *, timeout: float | None = None
-    ) -> int:
-        """Start reading a bulk IN endpoint ahead. Returns a status."""
-        packet = StartBulkReceiving(
-            id=next(self._ids), bytes_per_transfer=bytes_per_transfer, endpoint=endpoint, no_transfers=transfers
-        )
-        return self._start_receiving(packet, timeout)
-
-    def stop_bulk_receiving(self, endpoint: int, *, timeout: float | None = None) -> int:
-        """Stop reading a bulk IN endpoint ahead; what was not taken is dropped. Returns a status."""
-        return self._stop_receiving(StopBulkReceiving(id=next(self._ids), endpoint=endpoint), timeout)
+    # ------------------------------------------------------------ streams
 
     def receive(self, endpoint: int, *, timeout: float | None = None) -> TransferResult:
-        """The next data of an endpoint that is being received; status TIMEOUT when none came in time.
+        """The next data of an endpoint with a stream; status TIMEOUT when none came in time.
 
-        When the host has ended the stream, its status, after all data. Raises LocalProtocolError when it is not
-        started.
+        Isochronous: one packet. When the host has ended the stream, its status, after all data. Raises
+        LocalProtocolError when it is not started, or when data was dropped because nobody took it.
         """
-        stream = self._received.get(endpoint)
-        if stream is None:
-            self._need_device()
-            raise LocalProtocolError(f"receiving on endpoint 0x{endpoint:02x} is not started")
-        if not self._pump(lambda: bool(stream.waiting) or stream.ended is not None or self.device is None, timeout):
-            return TransferResult(Status.TIMEOUT)
-        if stream.waiting:
-            packet = stream.waiting.popleft()
-            stream.backlog -= len(packet.data) + PACKET_COST
-            return TransferResult(packet.status, packet.data)
-        self._need_device()
-        assert stream.ended is not None
-        return TransferResult(stream.ended)
+        exchange = self._exchange
+        stream = exchange.stream(endpoint)
+        gone = exchange.streams
+        in_time = self._until(lambda: stream.has_news or gone.get(endpoint) is not stream, timeout)
+        result = exchange.take(endpoint, stream)
+        if self._thread is not None and exchange.backlog < HIGH_BACKLOG:
+            self._tell()  # it may have stopped reading
+        if result is not None:
+            return result
+        if in_time:
+            raise LocalProtocolError(f"the stream on endpoint 0x{endpoint:02x} was stopped")
+        return TransferResult(Status.TIMEOUT)
 
-    def _start_receiving(self, packet: StartInterruptReceiving | StartBulkReceiving, timeout: float | None) -> int:
-        present = self._received.get(packet.endpoint)
-        # Data may follow the answer at once: the place for it is there before.
-        if present is None or present.ended is not None:
-            self._received[packet.endpoint] = _Received()
-        status = self._ask_stream(packet, timeout)
-        if status != Status.SUCCESS and (present is None or present.ended is not None):
-            self._received.pop(packet.endpoint, None)
+    def iso_out(self, endpoint: int, data: bytes | bytearray | memoryview) -> int:
+        """Send one packet of an isochronous stream; waits while too many are unwritten.
+
+        There is no answer: the last failure that the host told of on this endpoint, or SUCCESS. The host takes
+        packets at the device's pace and drops what its buffer cannot hold: send as fast as the device consumes.
+        """
+        status = self._exchange.iso_out(endpoint, data)
+        self._flush()
+        parser = self._exchange.parser
+        if parser.has_data_to_write() > ISO_PACKETS_AHEAD:
+            self._until(lambda: parser.has_data_to_write() <= ISO_PACKETS_AHEAD, None)
         return status
 
-    def _stop_receiving(self, packet: StopInterruptReceiving | StopBulkReceiving, timeout: float | None) -> int:
-        status = self._ask_stream(packet, timeout)
-        if status == Status.SUCCESS:
-            self._received.pop(packet.endpoint, None)
-        return status
+    # ------------------------------------------------------------ waiting
 
-    def _ask_stream(self, packet: StreamRequest, timeout: float | None) -> int:
-        """The status that answers a start or stop. Its packet is of the endpoint's kind, not of the request's."""
-        self._stream_requests[packet.endpoint] = packet.id
-        try:
-            return cast(StreamStatus, self._ask(packet, type(packet), timeout)).status
-        finally:
-            del self._stream_requests[packet.endpoint]
-
-    # ------------------------------------------------------------ requests and answers
-
-    def _ask(self, request: Packet, kind: type[Packet], timeout: float | None) -> Packet:
-        """Send a request and wait for its answer, which is filed under *kind* and the id. Raises TimeoutError."""
-        self._need_device()
-        key = (kind, request.id)
-        self._send(request, key)
-        try:
-            if not self._pump(lambda: self._replies.get(key) is not None or self.device is None, timeout):
-                raise TimeoutError(f"no answer to {type(request).__name__} in time")
-            reply = self._replies[key]
-        finally:
-            self._replies.pop(key, None)
-        if reply is None:
-            raise DeviceLostError("the device went away before it answered")
-        return reply
-
-    def _transfer(self, request: Any, timeout: float | None) -> TransferResult:
-        self._need_device()
-        key = (type(request), request.id)
-        self._send(request, key)
-        try:
-            status = self._finish(key, timeout)
-            reply: Any = self._replies[key]
-        finally:
-            self._replies.pop(key, None)
-        if reply is None:
-            if status is None:
-                raise DeviceLostError("the device went away before it answered")
-            return TransferResult(status)
-        if status is None or reply.status != Status.CANCELLED:
-            status = reply.status
-        if request.endpoint & 0x80 and len(reply.data) > request.length:
-            return TransferResult(Status.BABBLE, reply.data[: request.length])
-        return TransferResult(status, reply.data)
-
-    def _finish(self, key: Key, timeout: float | None) -> Status | None:
-        """Wait for the answer; when time is up, cancel. TIMEOUT when it was cancelled."""
-
-        def answered() -> bool:
-            return self._replies[key] is not None or self.device is None
-
-        if self._pump(answered, timeout):
-            return None
-        self._parser.send(CancelDataPacket(id=key[1]))
-        self._pump(answered, CANCEL_GRACE)
-        return Status.TIMEOUT
-
-    def _send(self, request: Packet, key: Key) -> None:
-        self._parser.send(request)
-        self._replies[key] = None
-
-    def _need_device(self) -> None:
-        if self.device is None:
-            raise DeviceLostError("the host has no device: wait_for_device() first, or it went away")
-
-    def _pump(self, done: Callable[[], bool], timeout: float | None) -> bool:
-        """Move bytes until *done*; False when time is up."""
+    def _until(self, done: Callable[[], bool], timeout: float | None) -> bool:
+        """Wait until *done*; False when time is up. Whoever finds nobody reading reads."""
         limit = None if timeout is None else time.monotonic() + timeout
         while not done():
-            self._done = done
-            try:
-                self.process()
-            finally:
-                self._done = None
-            if done():
-                break
-            remaining = None if limit is None else limit - time.monotonic()
-            if remaining is not None and remaining <= 0:
-                return False
-            self._callbacks.wait(remaining, writing=self._parser.has_data_to_write() > 0)
+            self._exchange.check_connection()
+            if self._thread is None and self._turn.acquire(blocking=False):
+                try:
+                    self._reader = threading.get_ident()
+                    in_time = self._lead(done, limit)
+                finally:
+                    self._reader = 0
+                    self._turn.release()
+                    if self._followers:
+                        self._tell()
+            else:
+                in_time = self._follow(done, limit)
+            if not in_time:
+                return done()
         return True
 
-    def _has_enough(self) -> bool:
-        """Asked before each read: no more for now.
+    def _lead(self, done: Callable[[], bool], limit: float | None) -> bool:
+        """Read for everybody until *done*, or the connection has ended; False when time is up."""
+        exchange = self._exchange
+        self._wants = done
+        while not done() and exchange.error is None:
+            ends = [end for end in (limit, exchange.next_deadline()) if end is not None]
+            remaining = min(ends) - time.monotonic() if ends else None
+            # A read before waiting would mostly say that there is nothing: a system call less for every answer.
+            if remaining is None or remaining > 0:
+                self._wait(remaining)
+            self._write()
+            self._read()
+            self._write()
+            if self._followers:
+                self._tell()
+            if remaining is not None and remaining <= 0 and not done():
+                exchange.expire()
+                self._write()
+                if limit is not None and limit <= time.monotonic():
+                    return False
+        return True
 
-        The present call has what it waits for, and what the host sends on stays outside until the next one; or the
-        host sends without a pause, and the call has to look at its timeout.
-        """
-        self._reads_left -= 1
-        if self._parser.has_data_to_write() > MAX_WAITING:
-            return True  # a host that floods us with what we must confirm, and does not read
-        return self._reads_left < 0 or (self._done is not None and self._done())
+    def _follow(self, done: Callable[[], bool], limit: float | None) -> bool:
+        """Wait while another thread reads; False when time is up."""
+        if self._reader == threading.get_ident():
+            raise LocalProtocolError("a callback must not wait for the guest: it runs in the thread that reads")
+        with self._changed:
+            self._followers += 1
+            try:
+                self._wake_reader()
+                self._changed.notify_all()  # the background thread reads on when somebody waits
+                while not done() and self._exchange.error is None and (self._thread or self._turn.locked()):
+                    remaining = None if limit is None else limit - time.monotonic()
+                    if remaining is not None and remaining <= 0:
+                        return False
+                    self._changed.wait(remaining)
+            finally:
+                self._followers -= 1
+        return True
 
-    # ------------------------------------------------------------ packets from the host
+    def _flush(self) -> None:
+        """Write what was queued, as far as the stream takes it; the reader writes the rest."""
+        self._write()
+        self._wake_reader()
+        if self._thread is not None:
+            self._tell()  # it reads on when a request waits
 
-    def _packet_received(self, packet: Packet) -> None:
-        self.packets_received += 1
-        self._handlers[type(packet)](packet)
+    def _wake_reader(self) -> None:
+        """What was queued may have to be written by the reader, and its deadline may be the next one."""
+        exchange = self._exchange
+        if self._turn.locked() and (exchange.parser.has_data_to_write() or exchange.next_deadline() is not None):
+            self._callbacks.wake()
 
-    def _on_hello(self, packet: Hello) -> None:
-        self.host_version = packet.version
-        if self._rules:
-            self._parser.send(FilterFilter(rules=tuple(self._rules)))
+    def _tell(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
-    def _on_connect(self, packet: DeviceConnect) -> None:
-        self.device = packet
+    def _run(self) -> None:
+        """The background thread: reads until the connection has ended."""
+        exchange = self._exchange
+        with self._turn:
+            self._reader = threading.get_ident()
+            while exchange.error is None:
+                try:
+                    self._lead(self._has_backlog, None)
+                except Exception as error:  # whoever waits is told, and every later call
+                    exchange.fail(error)
+                self._tell()
+                with self._changed:
+                    self._changed.wait_for(lambda: exchange.error is not None or not self._has_backlog())
+            self._reader = 0
+        self._tell()
 
-    def _on_disconnect(self, packet: DeviceDisconnect) -> None:
-        self.device = None
-        self.interfaces = None
-        self.endpoints = None
-        self._received.clear()
+    def _has_backlog(self) -> bool:
+        """The background thread has read enough: nobody waits, and data of streams has to be taken first."""
+        exchange = self._exchange
+        return exchange.backlog > HIGH_BACKLOG and not exchange.busy and not self._followers
 
-    def _on_interface_info(self, packet: InterfaceInfo) -> None:
-        self.interfaces = packet
+    def _hold(self) -> bool:
+        """Asked before each read: the reader has what it waits for."""
+        return self._wants is not None and self._wants()
 
-    def _on_ep_info(self, packet: EpInfo) -> None:
-        self.endpoints = packet
+    def _read(self) -> None:
+        self._move(self._exchange.read)
 
-    def _on_filter(self, packet: FilterFilter) -> None:
-        self.host_filter = packet.rules
+    def _write(self) -> None:
+        self._move(self._exchange.write)
 
-    def _on_reply(self, packet: Packet) -> None:
-        key = (type(packet), packet.id)
-        if key in self._replies and self._replies[key] is None:
-            self._replies[key] = packet
+    def _wait(self, timeout: float | None) -> None:
+        writing = self._exchange.parser.has_data_to_write() > 0
+        self._move(lambda: self._callbacks.wait(timeout, writing=writing))
+
+    def _move(self, step: Callable[[], None]) -> None:
+        """Do something with the stream; what ends the connection ends it for everybody."""
+        try:
+            step()
+        except FATAL as error:
+            self._exchange.fail(error)
+            raise
+
+
+class _Future(concurrent.futures.Future[T]):
+    """The future of a request: waiting for it reads, and cancelling it cancels the transfer."""
+
+    def __init__(self, guest: Guest) -> None:
+        super().__init__()
+        self.set_running_or_notify_cancel()  # only the host's answer decides how it ends
+        self.pending: Pending[T] | None = None
+        self._guest = guest
+
+    def complete(self, pending: Pending[T]) -> None:
+        """The request is done."""
+        try:
+            value = pending.result()
+        except Exception as error:
+            self.set_exception(error)
         else:
-            self._callbacks.log(LogLevel.WARNING, f"an answer that nobody waits for, dropped: {packet!r}")
+            self.set_result(value)
 
-    def _on_stream_status(self, packet: StreamStatus) -> None:
-        waiting = self._stream_requests.get(packet.endpoint)
-        # A host whose first transfer fails answers with the transfer's id, not with the request's.
-        if waiting is not None and (packet.id == waiting or packet.status != Status.SUCCESS):
-            for key in self._replies:
-                if key[1] == waiting and key[0] in STREAM_REQUESTS:
-                    self._replies[key] = packet
-        elif packet.endpoint in self._received:
-            self._received[packet.endpoint].ended = packet.status
+    def cancel(self) -> bool:
+        """Ask the host to give the transfer up. False: it is done, or cannot be cancelled."""
+        if self.pending is None or not self._guest._exchange.cancel(self.pending):
+            return False
+        self._guest._flush()
+        return True
 
-    def _on_interrupt(self, packet: InterruptPacket) -> None:
-        if packet.endpoint & 0x80:
-            self._on_stream_data(packet)
-        else:
-            self._on_reply(packet)
+    def result(self, timeout: float | None = None) -> T:
+        """The answer. Raises TimeoutError when it is not there in *timeout* seconds; the request goes on."""
+        self._wait(timeout)
+        return super().result(0)
 
-    def _on_stream_data(self, packet: InterruptPacket | BufferedBulkPacket) -> None:
-        stream = self._received.get(packet.endpoint)
-        if stream is None:
-            return  # still under way when the stream was stopped
-        backlog = stream.backlog + len(packet.data) + PACKET_COST
-        if backlog > MAX_BACKLOG:
-            raise LocalProtocolError(
-                f"{MAX_BACKLOG} bytes wait on endpoint 0x{packet.endpoint:02x}: call receive(), or stop receiving"
-            )
-        stream.backlog = backlog
-        stream.waiting.append(packet)
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What it failed with, or None; otherwise as :meth:`result`."""
+        self._wait(timeout)
+        return super().exception(0)
 
-    def _on_iso(self, packet: IsoPacket) -> None:
-        """No isochronous stream was started: nothing wants it."""
+    def _wait(self, timeout: float | None) -> None:
+        try:
+            self._guest._until(self.done, timeout)
+        except FATAL:
+            if not self.done():
+                raise

@@ -93,6 +93,31 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
+class Waker:
+    """Two sockets: a byte through them ends a poll. Threads: any; :meth:`clear` one."""
+
+    def __init__(self) -> None:
+        self._ends = socket.socketpair()
+        for end in self._ends:
+            end.setblocking(False)
+        self.fileno = self._ends[0].fileno
+
+    def wake(self) -> None:
+        """Let the poll return."""
+        with contextlib.suppress(OSError):  # full: it returns anyway; closed: nobody polls any more
+            self._ends[1].send(b"w")
+
+    def clear(self) -> None:
+        """The poll has returned."""
+        with contextlib.suppress(OSError):
+            self._ends[0].recv(64)
+
+    def close(self) -> None:
+        """Close the sockets. Idempotent."""
+        for end in self._ends:
+            end.close()
+
+
 class Connection:
     """A connected socket, not blocking, as the callbacks of parsers want it. Owns the socket.
 
@@ -109,6 +134,8 @@ class Connection:
         self.bytes_sent = 0
         self._socket = sock
         self._drained = False
+        self._waker: Waker | None = None
+        self._poller = Poller()
         self.fileno: Callable[[], int] = sock.fileno
         """The descriptor, for polling; -1 when closed. The socket's own method: it is asked for in every round."""
 
@@ -170,9 +197,30 @@ class Connection:
         self.bytes_sent += count
         return count
 
+    def wait(self, timeout: float | None, *, writing: bool) -> None:
+        """Block until the socket can be read, or with *writing* written, or :meth:`wake` is called. Threads: one.
+
+        It may also return for no reason. Raises OSError after :meth:`close`.
+        """
+        if self.fileno() < 0:
+            raise OSError(errno.EBADF, "the connection was closed")
+        if self._waker is None:
+            self._waker = Waker()
+            return  # what was to wake this call until now could not
+        own = (self.fileno(), POLLIN | POLLOUT if writing else POLLIN)
+        if self._waker.fileno() in self._poller.wait((own, (self._waker.fileno(), POLLIN)), timeout):
+            self._waker.clear()
+
+    def wake(self) -> None:
+        """Make a :meth:`wait` of another thread return, now or the next time. Threads: any."""
+        if self._waker is not None:  # None: the first wait returns at once
+            self._waker.wake()
+
     def close(self) -> None:
         """Close the socket. Idempotent."""
         self._socket.close()
+        if self._waker is not None:
+            self._waker.close()
 
     def __enter__(self) -> Connection:
         return self
@@ -565,4 +613,8 @@ class GuestConnection(GuestCallbacks):
 
     def wait(self, timeout: float | None, *, writing: bool) -> None:
         """Block until the socket can be read, or with *writing* written."""
-        poll([(self.connection.fileno(), POLLIN | (POLLOUT if writing else 0))], timeout)
+        self.connection.wait(timeout, writing=writing)
+
+    def wake(self) -> None:
+        """Make :meth:`wait` return."""
+        self.connection.wake()

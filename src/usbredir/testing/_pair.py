@@ -1,22 +1,14 @@
-"""For tests: a host and a guest joined in memory, without sockets, threads or waiting.
-
-::
-
-    host, guest = linked_pair(LoopbackDevice())
-    guest.wait_for_device()
-    guest.bulk_out(0x01, b"hello")
-    assert guest.bulk_in(0x81, 64).data == b"hello"
-"""
+"""A host and a guest joined in memory: waiting for the one means running the other."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
 
-from .device import UsbDevice
-from .guest import Guest, GuestCallbacks
-from .host import Host, HostCallbacks
-from .limits import Limits
+from ..device import UsbDevice
+from ..guest import Guest, GuestCallbacks
+from ..host import Host, HostCallbacks
+from ..limits import Limits
 
 __all__ = ["linked_pair"]
 
@@ -83,6 +75,11 @@ class _GuestEnd(GuestCallbacks):
             step = IDLE_STEP if timeout is None else min(timeout, IDLE_STEP)
             self.host.device.handle_events(step if idle else 0)
         self.host.write_guest_data()
+
+    def wake(self) -> None:
+        assert self.host is not None
+        if self.host.device is not None:
+            self.host.device.wake()
 
 
 def linked_pair(device: UsbDevice | None, *, limits: Limits = Limits()) -> tuple[Host, Guest]:  # noqa: B008 - immutable

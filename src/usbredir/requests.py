@@ -1,0 +1,315 @@
+"""What a guest can ask of a device: each function makes a :class:`Request`, which a guest sends and has answered.
+
+The blocking calls of :class:`usbredir.guest.Guest`, its futures (``guest.submit(bulk_in(0x81, 512))``) and the
+coroutines of :mod:`usbredir.aio` are these functions: what they take and what they give is written down once, here.
+
+*timeout* is in seconds, None waits for ever. A transfer whose time is over is cancelled at the host and gives status
+TIMEOUT; any other request raises TimeoutError. Source: docs/protocol.md; docs/guest.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+from .device import TransferResult
+from .packets import (
+    AllocBulkStreams,
+    AltSettingStatus,
+    BulkPacket,
+    BulkReceivingStatus,
+    BulkStreamsStatus,
+    ConfigurationStatus,
+    ControlPacket,
+    FreeBulkStreams,
+    GetAltSetting,
+    GetConfiguration,
+    InterruptPacket,
+    InterruptReceivingStatus,
+    IsoStreamStatus,
+    Packet,
+    SetAltSetting,
+    SetConfiguration,
+    StartBulkReceiving,
+    StartInterruptReceiving,
+    StartIsoStream,
+    StopBulkReceiving,
+    StopInterruptReceiving,
+    StopIsoStream,
+)
+from .proto import Status, endpoint_index
+
+__all__ = [
+    "Request",
+    "StreamRequest",
+    "TransferRequest",
+    "alloc_streams",
+    "bulk_in",
+    "bulk_out",
+    "clear_halt",
+    "control_in",
+    "control_out",
+    "free_streams",
+    "get_alt_setting",
+    "get_configuration",
+    "interrupt_out",
+    "like",
+    "set_alt_setting",
+    "set_configuration",
+    "start_bulk_receiving",
+    "start_interrupt_receiving",
+    "start_iso_stream",
+    "stop_bulk_receiving",
+    "stop_interrupt_receiving",
+    "stop_iso_stream",
+]
+
+CLEAR_FEATURE = 1
+
+T = TypeVar("T")
+Data = bytes | bytearray | memoryview
+
+
+class Request(Generic[T]):
+    """A packet to be sent, and how its answer is read.
+
+    Attributes:
+        packet_type: class of the packet.
+        fields: its values, without the id.
+        timeout: seconds until it is given up, or None.
+        answers: classes of packets that may answer it.
+        cancellable: whether the host can be told to give it up.
+    """
+
+    __slots__ = ("packet_type", "fields", "timeout")
+    answers: tuple[type[Packet], ...] = ()
+    cancellable = False
+
+    def __init__(self, packet_type: type[Packet], fields: dict[str, Any], timeout: float | None) -> None:
+        self.packet_type = packet_type
+        self.fields = fields
+        self.timeout = timeout
+
+    def read(self, answer: Any) -> T:
+        """The result that *answer* means."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in self.fields.items() if name != "data")
+        return f"<Request {self.packet_type.__name__}({values})>"
+
+
+class _ConfigurationRequest(Request[tuple[int, int]]):
+    __slots__ = ()
+    answers = (ConfigurationStatus,)
+
+    def read(self, answer: ConfigurationStatus) -> tuple[int, int]:
+        return answer.status, answer.configuration
+
+
+class _AlternateRequest(Request[tuple[int, int]]):
+    __slots__ = ()
+    answers = (AltSettingStatus,)
+
+    def read(self, answer: AltSettingStatus) -> tuple[int, int]:
+        return answer.status, answer.alt
+
+
+class _BulkStreamsRequest(Request[tuple[int, int]]):
+    __slots__ = ()
+    answers = (BulkStreamsStatus,)
+
+    def read(self, answer: BulkStreamsStatus) -> tuple[int, int]:
+        return answer.status, answer.no_streams
+
+
+class StreamRequest(Request[int]):
+    """Start or stop of a stream. The answer's type is of the endpoint's kind, not of the request's."""
+
+    __slots__ = ()
+    answers = (IsoStreamStatus, InterruptReceivingStatus, BulkReceivingStatus)
+
+    @property
+    def endpoint(self) -> int:
+        """Address of the endpoint."""
+        return int(self.fields["endpoint"])
+
+    @property
+    def starts(self) -> bool:
+        """Start, not stop."""
+        return self.packet_type in (StartIsoStream, StartInterruptReceiving, StartBulkReceiving)
+
+    def read(self, answer: IsoStreamStatus | InterruptReceivingStatus | BulkReceivingStatus) -> int:
+        """The status."""
+        return answer.status
+
+
+class TransferRequest(Request[TransferResult]):
+    """A control, bulk or interrupt OUT transfer: answered by a packet of its own class."""
+
+    __slots__ = ("answers",)
+    cancellable = True
+
+    def __init__(self, packet_type: type[Packet], fields: dict[str, Any], timeout: float | None) -> None:
+        self.packet_type = packet_type
+        self.fields = fields
+        self.timeout = timeout
+        self.answers = (packet_type,)
+
+    def read(self, answer: ControlPacket | BulkPacket | InterruptPacket) -> TransferResult:
+        """Status and data; more data than was asked for is a babble."""
+        if self.fields["endpoint"] & 0x80 and len(answer.data) > self.fields["length"]:
+            return TransferResult(Status.BABBLE, answer.data[: self.fields["length"]])
+        return TransferResult(answer.status, answer.data)
+
+
+def like(make: Callable[..., Request[Any]], method: Callable[..., Any]) -> None:
+    """Let *method*, which sends what *make* makes, show its name, arguments and text."""
+    method.__name__ = make.__name__
+    method.__doc__ = make.__doc__
+    signature = inspect.signature(make)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    shown = signature.replace(
+        parameters=[itself, *signature.parameters.values()], return_annotation=inspect.Signature.empty
+    )
+    method.__signature__ = shown  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def get_configuration(*, timeout: float | None = None) -> Request[tuple[int, int]]:
+    """(status, configuration value; 0 = unconfigured)."""
+    return _ConfigurationRequest(GetConfiguration, {}, timeout)
+
+
+def set_configuration(value: int, *, timeout: float | None = None) -> Request[tuple[int, int]]:
+    """Select a configuration; (status, configuration value now active)."""
+    return _ConfigurationRequest(SetConfiguration, {"configuration": value}, timeout)
+
+
+def get_alt_setting(interface: int, *, timeout: float | None = None) -> Request[tuple[int, int]]:
+    """(status, alternate setting of *interface*)."""
+    return _AlternateRequest(GetAltSetting, {"interface": interface}, timeout)
+
+
+def set_alt_setting(interface: int, alt: int, *, timeout: float | None = None) -> Request[tuple[int, int]]:
+    """Select an alternate setting; (status, alternate setting now active)."""
+    return _AlternateRequest(SetAltSetting, {"interface": interface, "alt": alt}, timeout)
+
+
+# ---------------------------------------------------------------- transfers
+
+
+def control_in(
+    request_type: int, request: int, value: int, index: int, length: int, *, timeout: float | None = None
+) -> Request[TransferResult]:
+    """A control transfer with an IN data stage of up to *length* bytes (at most 65535)."""
+    fields = {
+        "endpoint": 0x80,
+        "requesttype": request_type,
+        "request": request,
+        "value": value,
+        "index": index,
+        "length": length,
+    }
+    return TransferRequest(ControlPacket, fields, timeout)
+
+
+def control_out(
+    request_type: int, request: int, value: int, index: int, data: Data = b"", *, timeout: float | None = None
+) -> Request[TransferResult]:
+    """A control transfer with an OUT data stage, or none."""
+    fields = {
+        "endpoint": 0,
+        "requesttype": request_type,
+        "request": request,
+        "value": value,
+        "index": index,
+        "data": data,
+    }
+    return TransferRequest(ControlPacket, fields, timeout)
+
+
+def clear_halt(endpoint: int, *, timeout: float | None = None) -> Request[TransferResult]:
+    """Clear the halt of an endpoint."""
+    return control_out(0x02, CLEAR_FEATURE, 0, endpoint, timeout=timeout)
+
+
+def bulk_in(endpoint: int, length: int, *, stream_id: int = 0, timeout: float | None = None) -> Request[TransferResult]:
+    """Read up to *length* bytes, at most 128 MiB."""
+    return TransferRequest(BulkPacket, {"endpoint": endpoint, "length": length, "stream_id": stream_id}, timeout)
+
+
+def bulk_out(endpoint: int, data: Data, *, stream_id: int = 0, timeout: float | None = None) -> Request[TransferResult]:
+    """Write *data*, at most 128 MiB."""
+    return TransferRequest(BulkPacket, {"endpoint": endpoint, "data": data, "stream_id": stream_id}, timeout)
+
+
+def interrupt_out(endpoint: int, data: Data, *, timeout: float | None = None) -> Request[TransferResult]:
+    """Write *data* to an interrupt endpoint, at most one packet."""
+    return TransferRequest(InterruptPacket, {"endpoint": endpoint, "data": data}, timeout)
+
+
+# ---------------------------------------------------------------- streams
+
+
+def start_interrupt_receiving(endpoint: int, *, timeout: float | None = None) -> Request[int]:
+    """Start polling an interrupt IN endpoint. Gives a status."""
+    return StreamRequest(StartInterruptReceiving, {"endpoint": endpoint}, timeout)
+
+
+def stop_interrupt_receiving(endpoint: int, *, timeout: float | None = None) -> Request[int]:
+    """Stop polling an interrupt IN endpoint; what was not taken is dropped. Gives a status."""
+    return StreamRequest(StopInterruptReceiving, {"endpoint": endpoint}, timeout)
+
+
+def start_bulk_receiving(
+    endpoint: int, bytes_per_transfer: int, transfers: int = 5, *, timeout: float | None = None
+) -> Request[int]:
+    """Start reading a bulk IN endpoint ahead, with so many transfers at a time (1 to 16). Gives a status."""
+    fields = {"endpoint": endpoint, "bytes_per_transfer": bytes_per_transfer, "no_transfers": transfers}
+    return StreamRequest(StartBulkReceiving, fields, timeout)
+
+
+def stop_bulk_receiving(endpoint: int, *, timeout: float | None = None) -> Request[int]:
+    """Stop reading a bulk IN endpoint ahead; what was not taken is dropped. Gives a status."""
+    return StreamRequest(StopBulkReceiving, {"endpoint": endpoint}, timeout)
+
+
+def start_iso_stream(
+    endpoint: int, packets_per_transfer: int = 8, transfers: int = 4, *, timeout: float | None = None
+) -> Request[int]:
+    """Start an isochronous stream: *transfers* (1 to 16) of so many packets (1 to 32) at a time. Gives a status.
+
+    The more, the longer the delay and the longer an interruption that does no harm. OUT: the device is sent packets
+    once half of the host's buffer is filled.
+    """
+    fields = {"endpoint": endpoint, "pkts_per_urb": packets_per_transfer, "no_urbs": transfers}
+    return StreamRequest(StartIsoStream, fields, timeout)
+
+
+def stop_iso_stream(endpoint: int, *, timeout: float | None = None) -> Request[int]:
+    """Stop an isochronous stream; what was not taken, or not sent yet, is dropped. Gives a status."""
+    return StreamRequest(StopIsoStream, {"endpoint": endpoint}, timeout)
+
+
+def alloc_streams(endpoints: Iterable[int], count: int, *, timeout: float | None = None) -> Request[tuple[int, int]]:
+    """Allocate *count* bulk streams on each of some endpoint addresses (USB 3); (status, streams granted)."""
+    fields = {"endpoints": _endpoint_mask(endpoints), "no_streams": count}
+    return _BulkStreamsRequest(AllocBulkStreams, fields, timeout)
+
+
+def free_streams(endpoints: Iterable[int], *, timeout: float | None = None) -> Request[tuple[int, int]]:
+    """Free the bulk streams of some endpoint addresses; (status, 0)."""
+    return _BulkStreamsRequest(FreeBulkStreams, {"endpoints": _endpoint_mask(endpoints)}, timeout)
+
+
+def _endpoint_mask(endpoints: Iterable[int]) -> int:
+    mask = 0
+    for address in endpoints:
+        if address & ~0x8F:
+            raise ValueError(f"0x{address:x} is not an endpoint address")
+        mask |= 1 << endpoint_index(address)
+    return mask
