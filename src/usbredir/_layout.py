@@ -338,7 +338,12 @@ def _values(declaration: Declaration, given: tuple[str, ...], namespace: dict[st
         return [f"    {', '.join(f'{name}_' if name in REPLY else name for name in stored)}, = packet"]
     missing = [f for f in declaration.fields if f.name not in given]
     namespace.update({f"given_{f.name}": f.default for f in missing})
-    return [f"    {f.name} = given_{f.name}" for f in missing]
+    lines = ["    data = b''"] if declaration.has_data and "data" not in given else []
+    for f in missing:
+        length = declaration.transfers and f.name == "length"
+        value = "len(data)" if length else f"given_{f.name}"
+        lines.append(f"    {f.name} = {value}")
+    return lines
 
 
 @lru_cache(maxsize=4096)

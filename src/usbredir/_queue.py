@@ -70,7 +70,7 @@ class OutputQueue:
         owned: bool,
         counting: bool = False,
     ) -> None:
-        self._guard = guard
+        self._guard = guard.section()
         self._limits = limits
         limited = limits.max_queued_packets is not None or limits.max_queued_bytes is not None
         guarded = guard.active or limited
@@ -162,6 +162,8 @@ class OutputQueue:
         A call from another thread meanwhile makes the writer look again before it returns; a call from inside the
         write callback does nothing. An exception of the callback passes through, nothing is lost.
         """
+        if not self._entries:
+            return  # what another thread is writing is among them until it is written
         me = threading.get_ident()
         with self._guard:
             if self._writer is not None:

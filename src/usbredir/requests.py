@@ -71,24 +71,45 @@ T = TypeVar("T")
 Data = bytes | bytearray | memoryview
 
 
+class Shape:
+    """What the packets of one kind of request have in common.
+
+    Attributes:
+        packet_type: their class.
+        names: the fields that a request gives beside the id; the others have their defaults.
+        answers: classes of packets that may answer them.
+        starts: they start a stream.
+    """
+
+    def __init__(
+        self,
+        packet_type: type[Packet],
+        *names: str,
+        answers: tuple[type[Packet], ...] = (),
+        starts: bool = False,
+    ) -> None:
+        self.packet_type = packet_type
+        self.names = names
+        self.answers = answers or (packet_type,)
+        self.starts = starts
+
+
 class Request(Generic[T]):
     """A packet to be sent, and how its answer is read.
 
     Attributes:
-        packet_type: class of the packet.
-        fields: its values, without the id.
+        shape: its class and the names of its fields.
+        values: their values, in the same order.
         timeout: seconds until it is given up, or None.
-        answers: classes of packets that may answer it.
         cancellable: whether the host can be told to give it up.
     """
 
-    __slots__ = ("packet_type", "fields", "timeout")
-    answers: tuple[type[Packet], ...] = ()
+    __slots__ = ("shape", "values", "timeout")
     cancellable = False
 
-    def __init__(self, packet_type: type[Packet], fields: dict[str, Any], timeout: float | None) -> None:
-        self.packet_type = packet_type
-        self.fields = fields
+    def __init__(self, shape: Shape, values: tuple[Any, ...], timeout: float | None) -> None:
+        self.shape = shape
+        self.values = values
         self.timeout = timeout
 
     def read(self, answer: Any) -> T:
@@ -96,13 +117,12 @@ class Request(Generic[T]):
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={value!r}" for name, value in self.fields.items() if name != "data")
-        return f"<Request {self.packet_type.__name__}({values})>"
+        values = ", ".join(f"{n}={v!r}" for n, v in zip(self.shape.names, self.values, strict=True) if n != "data")
+        return f"<Request {self.shape.packet_type.__name__}({values})>"
 
 
 class _ConfigurationRequest(Request[tuple[int, int]]):
     __slots__ = ()
-    answers = (ConfigurationStatus,)
 
     def read(self, answer: ConfigurationStatus) -> tuple[int, int]:
         return answer.status, answer.configuration
@@ -110,7 +130,6 @@ class _ConfigurationRequest(Request[tuple[int, int]]):
 
 class _AlternateRequest(Request[tuple[int, int]]):
     __slots__ = ()
-    answers = (AltSettingStatus,)
 
     def read(self, answer: AltSettingStatus) -> tuple[int, int]:
         return answer.status, answer.alt
@@ -118,27 +137,20 @@ class _AlternateRequest(Request[tuple[int, int]]):
 
 class _BulkStreamsRequest(Request[tuple[int, int]]):
     __slots__ = ()
-    answers = (BulkStreamsStatus,)
 
     def read(self, answer: BulkStreamsStatus) -> tuple[int, int]:
         return answer.status, answer.no_streams
 
 
 class StreamRequest(Request[int]):
-    """Start or stop of a stream. The answer's type is of the endpoint's kind, not of the request's."""
+    """Start or stop of a stream; its first value is the endpoint's address."""
 
     __slots__ = ()
-    answers = (IsoStreamStatus, InterruptReceivingStatus, BulkReceivingStatus)
 
     @property
     def endpoint(self) -> int:
         """Address of the endpoint."""
-        return int(self.fields["endpoint"])
-
-    @property
-    def starts(self) -> bool:
-        """Start, not stop."""
-        return self.packet_type in (StartIsoStream, StartInterruptReceiving, StartBulkReceiving)
+        return int(self.values[0])
 
     def read(self, answer: IsoStreamStatus | InterruptReceivingStatus | BulkReceivingStatus) -> int:
         """The status."""
@@ -146,22 +158,41 @@ class StreamRequest(Request[int]):
 
 
 class TransferRequest(Request[TransferResult]):
-    """A control, bulk or interrupt OUT transfer: answered by a packet of its own class."""
+    """A control, bulk or interrupt transfer; its values begin with the endpoint's address and the length or the data."""
 
-    __slots__ = ("answers",)
+    __slots__ = ()
     cancellable = True
-
-    def __init__(self, packet_type: type[Packet], fields: dict[str, Any], timeout: float | None) -> None:
-        self.packet_type = packet_type
-        self.fields = fields
-        self.timeout = timeout
-        self.answers = (packet_type,)
 
     def read(self, answer: ControlPacket | BulkPacket | InterruptPacket) -> TransferResult:
         """Status and data; more data than was asked for is a babble."""
-        if self.fields["endpoint"] & 0x80 and len(answer.data) > self.fields["length"]:
-            return TransferResult(Status.BABBLE, answer.data[: self.fields["length"]])
-        return TransferResult(answer.status, answer.data)
+        data = answer.data
+        if data and self.values[0] & 0x80 and len(data) > self.values[1]:
+            return TransferResult(Status.BABBLE, data[: self.values[1]])
+        return TransferResult(answer.status, data)
+
+
+# The type of a stream's answer is of the endpoint's kind, not of the request's.
+STREAM_ANSWERS = (IsoStreamStatus, InterruptReceivingStatus, BulkReceivingStatus)
+
+GET_CONFIGURATION = Shape(GetConfiguration, answers=(ConfigurationStatus,))
+SET_CONFIGURATION = Shape(SetConfiguration, "configuration", answers=(ConfigurationStatus,))
+GET_ALT_SETTING = Shape(GetAltSetting, "interface", answers=(AltSettingStatus,))
+SET_ALT_SETTING = Shape(SetAltSetting, "interface", "alt", answers=(AltSettingStatus,))
+CONTROL_IN = Shape(ControlPacket, "endpoint", "length", "requesttype", "request", "value", "index")
+CONTROL_OUT = Shape(ControlPacket, "endpoint", "data", "requesttype", "request", "value", "index")
+BULK_IN = Shape(BulkPacket, "endpoint", "length", "stream_id")
+BULK_OUT = Shape(BulkPacket, "endpoint", "data", "stream_id")
+INTERRUPT_OUT = Shape(InterruptPacket, "endpoint", "data")
+START_INTERRUPT = Shape(StartInterruptReceiving, "endpoint", answers=STREAM_ANSWERS, starts=True)
+STOP_INTERRUPT = Shape(StopInterruptReceiving, "endpoint", answers=STREAM_ANSWERS)
+START_BULK = Shape(
+    StartBulkReceiving, "endpoint", "bytes_per_transfer", "no_transfers", answers=STREAM_ANSWERS, starts=True
+)
+STOP_BULK = Shape(StopBulkReceiving, "endpoint", answers=STREAM_ANSWERS)
+START_ISO = Shape(StartIsoStream, "endpoint", "pkts_per_urb", "no_urbs", answers=STREAM_ANSWERS, starts=True)
+STOP_ISO = Shape(StopIsoStream, "endpoint", answers=STREAM_ANSWERS)
+ALLOC_STREAMS = Shape(AllocBulkStreams, "endpoints", "no_streams", answers=(BulkStreamsStatus,))
+FREE_STREAMS = Shape(FreeBulkStreams, "endpoints", answers=(BulkStreamsStatus,))
 
 
 def like(make: Callable[..., Request[Any]], method: Callable[..., Any]) -> None:
@@ -181,22 +212,22 @@ def like(make: Callable[..., Request[Any]], method: Callable[..., Any]) -> None:
 
 def get_configuration(*, timeout: float | None = None) -> Request[tuple[int, int]]:
     """(status, configuration value; 0 = unconfigured)."""
-    return _ConfigurationRequest(GetConfiguration, {}, timeout)
+    return _ConfigurationRequest(GET_CONFIGURATION, (), timeout)
 
 
 def set_configuration(value: int, *, timeout: float | None = None) -> Request[tuple[int, int]]:
     """Select a configuration; (status, configuration value now active)."""
-    return _ConfigurationRequest(SetConfiguration, {"configuration": value}, timeout)
+    return _ConfigurationRequest(SET_CONFIGURATION, (value,), timeout)
 
 
 def get_alt_setting(interface: int, *, timeout: float | None = None) -> Request[tuple[int, int]]:
     """(status, alternate setting of *interface*)."""
-    return _AlternateRequest(GetAltSetting, {"interface": interface}, timeout)
+    return _AlternateRequest(GET_ALT_SETTING, (interface,), timeout)
 
 
 def set_alt_setting(interface: int, alt: int, *, timeout: float | None = None) -> Request[tuple[int, int]]:
     """Select an alternate setting; (status, alternate setting now active)."""
-    return _AlternateRequest(SetAltSetting, {"interface": interface, "alt": alt}, timeout)
+    return _AlternateRequest(SET_ALT_SETTING, (interface, alt), timeout)
 
 
 # ---------------------------------------------------------------- transfers
@@ -206,30 +237,14 @@ def control_in(
     request_type: int, request: int, value: int, index: int, length: int, *, timeout: float | None = None
 ) -> Request[TransferResult]:
     """A control transfer with an IN data stage of up to *length* bytes (at most 65535)."""
-    fields = {
-        "endpoint": 0x80,
-        "requesttype": request_type,
-        "request": request,
-        "value": value,
-        "index": index,
-        "length": length,
-    }
-    return TransferRequest(ControlPacket, fields, timeout)
+    return TransferRequest(CONTROL_IN, (0x80, length, request_type, request, value, index), timeout)
 
 
 def control_out(
     request_type: int, request: int, value: int, index: int, data: Data = b"", *, timeout: float | None = None
 ) -> Request[TransferResult]:
     """A control transfer with an OUT data stage, or none."""
-    fields = {
-        "endpoint": 0,
-        "requesttype": request_type,
-        "request": request,
-        "value": value,
-        "index": index,
-        "data": data,
-    }
-    return TransferRequest(ControlPacket, fields, timeout)
+    return TransferRequest(CONTROL_OUT, (0, _snapshot(data), request_type, request, value, index), timeout)
 
 
 def clear_halt(endpoint: int, *, timeout: float | None = None) -> Request[TransferResult]:
@@ -239,17 +254,17 @@ def clear_halt(endpoint: int, *, timeout: float | None = None) -> Request[Transf
 
 def bulk_in(endpoint: int, length: int, *, stream_id: int = 0, timeout: float | None = None) -> Request[TransferResult]:
     """Read up to *length* bytes, at most 128 MiB."""
-    return TransferRequest(BulkPacket, {"endpoint": endpoint, "length": length, "stream_id": stream_id}, timeout)
+    return TransferRequest(BULK_IN, (endpoint, length, stream_id), timeout)
 
 
 def bulk_out(endpoint: int, data: Data, *, stream_id: int = 0, timeout: float | None = None) -> Request[TransferResult]:
     """Write *data*, at most 128 MiB."""
-    return TransferRequest(BulkPacket, {"endpoint": endpoint, "data": data, "stream_id": stream_id}, timeout)
+    return TransferRequest(BULK_OUT, (endpoint, _snapshot(data), stream_id), timeout)
 
 
 def interrupt_out(endpoint: int, data: Data, *, timeout: float | None = None) -> Request[TransferResult]:
     """Write *data* to an interrupt endpoint, at most one packet."""
-    return TransferRequest(InterruptPacket, {"endpoint": endpoint, "data": data}, timeout)
+    return TransferRequest(INTERRUPT_OUT, (endpoint, _snapshot(data)), timeout)
 
 
 # ---------------------------------------------------------------- streams
@@ -257,25 +272,24 @@ def interrupt_out(endpoint: int, data: Data, *, timeout: float | None = None) ->
 
 def start_interrupt_receiving(endpoint: int, *, timeout: float | None = None) -> Request[int]:
     """Start polling an interrupt IN endpoint. Gives a status."""
-    return StreamRequest(StartInterruptReceiving, {"endpoint": endpoint}, timeout)
+    return StreamRequest(START_INTERRUPT, (endpoint,), timeout)
 
 
 def stop_interrupt_receiving(endpoint: int, *, timeout: float | None = None) -> Request[int]:
     """Stop polling an interrupt IN endpoint; what was not taken is dropped. Gives a status."""
-    return StreamRequest(StopInterruptReceiving, {"endpoint": endpoint}, timeout)
+    return StreamRequest(STOP_INTERRUPT, (endpoint,), timeout)
 
 
 def start_bulk_receiving(
     endpoint: int, bytes_per_transfer: int, transfers: int = 5, *, timeout: float | None = None
 ) -> Request[int]:
     """Start reading a bulk IN endpoint ahead, with so many transfers at a time (1 to 16). Gives a status."""
-    fields = {"endpoint": endpoint, "bytes_per_transfer": bytes_per_transfer, "no_transfers": transfers}
-    return StreamRequest(StartBulkReceiving, fields, timeout)
+    return StreamRequest(START_BULK, (endpoint, bytes_per_transfer, transfers), timeout)
 
 
 def stop_bulk_receiving(endpoint: int, *, timeout: float | None = None) -> Request[int]:
     """Stop reading a bulk IN endpoint ahead; what was not taken is dropped. Gives a status."""
-    return StreamRequest(StopBulkReceiving, {"endpoint": endpoint}, timeout)
+    return StreamRequest(STOP_BULK, (endpoint,), timeout)
 
 
 def start_iso_stream(
@@ -286,24 +300,27 @@ def start_iso_stream(
     The more, the longer the delay and the longer an interruption that does no harm. OUT: the device is sent packets
     once half of the host's buffer is filled.
     """
-    fields = {"endpoint": endpoint, "pkts_per_urb": packets_per_transfer, "no_urbs": transfers}
-    return StreamRequest(StartIsoStream, fields, timeout)
+    return StreamRequest(START_ISO, (endpoint, packets_per_transfer, transfers), timeout)
 
 
 def stop_iso_stream(endpoint: int, *, timeout: float | None = None) -> Request[int]:
     """Stop an isochronous stream; what was not taken, or not sent yet, is dropped. Gives a status."""
-    return StreamRequest(StopIsoStream, {"endpoint": endpoint}, timeout)
+    return StreamRequest(STOP_ISO, (endpoint,), timeout)
 
 
 def alloc_streams(endpoints: Iterable[int], count: int, *, timeout: float | None = None) -> Request[tuple[int, int]]:
     """Allocate *count* bulk streams on each of some endpoint addresses (USB 3); (status, streams granted)."""
-    fields = {"endpoints": _endpoint_mask(endpoints), "no_streams": count}
-    return _BulkStreamsRequest(AllocBulkStreams, fields, timeout)
+    return _BulkStreamsRequest(ALLOC_STREAMS, (_endpoint_mask(endpoints), count), timeout)
 
 
 def free_streams(endpoints: Iterable[int], *, timeout: float | None = None) -> Request[tuple[int, int]]:
     """Free the bulk streams of some endpoint addresses; (status, 0)."""
-    return _BulkStreamsRequest(FreeBulkStreams, {"endpoints": _endpoint_mask(endpoints)}, timeout)
+    return _BulkStreamsRequest(FREE_STREAMS, (_endpoint_mask(endpoints),), timeout)
+
+
+def _snapshot(data: Data) -> bytes:
+    """What was given may change before it is written."""
+    return data if type(data) is bytes else bytes(data)
 
 
 def _endpoint_mask(endpoints: Iterable[int]) -> int:

@@ -136,6 +136,7 @@ class Connection:
         self._drained = False
         self._waker: Waker | None = None
         self._poller = Poller()
+        self._wanted: list[Wanted | None] = [None, None]  # for reading only, and for both: made once
         self.fileno: Callable[[], int] = sock.fileno
         """The descriptor, for polling; -1 when closed. The socket's own method: it is asked for in every round."""
 
@@ -207,8 +208,12 @@ class Connection:
         if self._waker is None:
             self._waker = Waker()
             return  # what was to wake this call until now could not
-        own = (self.fileno(), POLLIN | POLLOUT if writing else POLLIN)
-        if self._waker.fileno() in self._poller.wait((own, (self._waker.fileno(), POLLIN)), timeout):
+        if self._wanted[writing] is None:
+            events = POLLIN | POLLOUT if writing else POLLIN
+            self._wanted[writing] = ((self.fileno(), events), (self._waker.fileno(), POLLIN))
+        ready = self._poller.wait(self._wanted[writing] or (), timeout)
+        self._drained = False  # whatever the last read has said
+        if self._waker.fileno() in ready:
             self._waker.clear()
 
     def wake(self) -> None:
@@ -444,7 +449,7 @@ class Poller:
         """Wait until a descriptor is ready: {descriptor: events}."""
         if self._poll is None:
             return _poll_with_select(wanted, timeout)
-        if wanted != self._wanted:
+        if wanted is not self._wanted and wanted != self._wanted:
             self._register(wanted)
         # Rounded up, so that a timer that is nearly due does not spin.
         return dict(self._poll.poll(None if timeout is None else int(timeout * 1000 + 0.999)))
