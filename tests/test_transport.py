@@ -755,6 +755,17 @@ def test_serving_can_be_stopped(listener: Listener, device: LoopbackDevice) -> N
             guest.wait_for_disconnect(PATIENCE)
 
 
+def test_an_idle_device_is_unplugged(listener: Listener, device: LoopbackDevice) -> None:
+    """The guest is told although nothing is under way, then the connection ends."""
+    server = Server(listener, device)
+    connection, guest = guest_at(listener)
+    with connection, guest:
+        guest.wait_for_device(PATIENCE)
+        device.unplug()
+        guest.wait_for_disconnect(PATIENCE)
+        assert isinstance(server.ended(), DeviceLostError)
+
+
 def test_a_host_connection_logs(caplog: pytest.LogCaptureFixture) -> None:
     """To the function given, else to the logger "usbredir.host"."""
     messages: list[object] = []

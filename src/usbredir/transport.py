@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from .device import UsbDevice
-from .errors import ConnectionClosed
+from .errors import ConnectionClosed, DeviceLostError
 from .guest import GuestCallbacks
 from .host import Host, HostCallbacks
 from .limits import Limits
@@ -589,6 +589,9 @@ def serve(
                 wanted.append((listener.fileno(), POLLIN))
             ready = poller.wait(wanted, session.timeout())
             session.step(ready)
+            if device.lost:  # no transfer may have been there to tell
+                session.host.set_device(None)
+                raise DeviceLostError("the device was unplugged")
             if listener is not None and listener.fileno() in ready and session.is_occupied():
                 turn_away(listener, session.host.log)
     except ConnectionClosed:

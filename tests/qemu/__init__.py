@@ -1,1 +1,0 @@
-"""A real Linux guest in QEMU, for the end-to-end tests."""
