@@ -48,7 +48,7 @@ from usbredir.packets import (
     StartInterruptReceiving,
 )
 from usbredir.parser import LogLevel, Parser
-from usbredir.proto import Capability, Status, TransferType, endpoint_index
+from usbredir.proto import Capability, Status, TransferType, endpoint_address, endpoint_index
 from usbredir.testing import linked_pair
 from usbredir.virtual import LoopbackDevice
 
@@ -231,6 +231,27 @@ def test_receiving_that_cannot_start(guest: Guest, start: Callable[[Guest], int]
     assert start(guest) != Status.SUCCESS
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "start"),
+    [
+        (0x8F, Guest.start_interrupt_receiving),
+        (0x80, Guest.start_interrupt_receiving),
+        (0x8F, Guest.stop_interrupt_receiving),
+        (0x8A, Guest.start_iso_stream),
+        (0x0A, Guest.stop_iso_stream),
+        (0x8F, Guest.stop_bulk_receiving),
+    ],
+)
+def test_streams_of_endpoints_that_are_not_there(
+    guest: Guest, endpoint: int, start: Callable[[Guest, int], int]
+) -> None:
+    """Hosts do not answer: nothing is sent, and the call ends all the same."""
+    assert start(guest, endpoint) == Status.INVAL
+    with pytest.raises(LocalProtocolError):
+        guest.receive(endpoint)
+    assert guest.start_bulk_receiving(0x8F, 512) == Status.INVAL
+
+
 def test_receiving_that_is_not_started(guest: Guest) -> None:
     with pytest.raises(LocalProtocolError, match="no stream on endpoint 0x83"):
         guest.receive(INTERRUPT_IN)
@@ -314,6 +335,17 @@ def test_close_is_idempotent(guest: Guest) -> None:
 # ================================================================ against a host that is only a parser
 
 
+KINDS = {
+    0x01: TransferType.BULK,
+    0x03: TransferType.INTERRUPT,
+    0x81: TransferType.BULK,
+    0x82: TransferType.BULK,
+    0x83: TransferType.INTERRUPT,
+    0x84: TransferType.ISO,
+}
+ENDPOINTS = EpInfo(type=[KINDS.get(endpoint_address(index), TransferType.INVALID) for index in range(32)])
+
+
 class FakeTime:
     """Stands in for the module ``time``: passes only when somebody waits."""
 
@@ -394,7 +426,7 @@ def prey(raw: RawHost) -> Guest:
     guest = Guest(raw)
     guest.process()
     raw.wait(0, writing=False)
-    raw.send(InterfaceInfo(interface_count=1), EpInfo(), DeviceConnect(vendor_id=0x1234))
+    raw.send(InterfaceInfo(interface_count=1), ENDPOINTS, DeviceConnect(vendor_id=0x1234))
     guest.wait_for_device()
     raw.requests.clear()
     return guest

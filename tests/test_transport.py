@@ -755,6 +755,14 @@ def test_serving_can_be_stopped(listener: Listener, device: LoopbackDevice) -> N
             guest.wait_for_disconnect(PATIENCE)
 
 
+def test_a_timeout_may_be_longer_than_poll_can_take(ends: tuple[Connection, Connection]) -> None:
+    """Years, as programs write that mean "for ever"."""
+    near, far = ends
+    far.write(memoryview(b"x"))
+    assert poll([(near.fileno(), POLLIN)], 1e10)
+    near.wait(1e300, writing=False)
+
+
 def test_an_idle_device_is_unplugged(listener: Listener, device: LoopbackDevice) -> None:
     """The guest is told although nothing is under way, then the connection ends."""
     server = Server(listener, device)

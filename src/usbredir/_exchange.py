@@ -50,7 +50,7 @@ from .packets import (
     Reset,
 )
 from .parser import LogLevel, Parser, StreamCallbacks
-from .proto import Status
+from .proto import Status, TransferType, endpoint_index
 from .requests import Request, Shape, StreamRequest
 
 __all__ = ["Exchange", "Pending", "Stream"]
@@ -69,6 +69,7 @@ PACKET_COST = 128
 """Bytes that a waiting packet counts beside its data."""
 FATAL = (ConnectionClosed, RemoteProtocolError, OSError)
 """What ends a connection: raised by reading or writing it."""
+STREAM_TYPES = (TransferType.ISO, TransferType.BULK, TransferType.INTERRUPT)
 ID_MASK = 0xFFFFFFFF
 """Ids have 32 bits even when the host can do 64: the answer brings back what was sent, whatever was settled."""
 
@@ -171,6 +172,7 @@ class Exchange:
         self.host_filter: tuple[FilterRule, ...] | None = None
         self.host_version = ""
         self.packets_received = 0
+        self.disconnected = False  # the host has told that the device is gone
         self.error: Exception | None = None
         self.streams: dict[int, Stream] = {}  # by endpoint
         self.backlog = 0  # what waits in them, in bytes
@@ -221,7 +223,8 @@ class Exchange:
         host sends without a pause, and the caller has to look at its timeout.
         """
         self._reads_left -= 1
-        if self._backlog_exceeds(MAX_WAITING, MAX_UNWRITTEN):
+        # Our own requests, and what cancels them, are no reason: the host may wait until its answers are read.
+        if self._backlog_exceeds(MAX_WAITING + 2 * len(self._pending), MAX_UNWRITTEN):
             return True  # a host that floods us with what we must confirm, and does not read
         return self._reads_left < 0 or self._hold()
 
@@ -244,6 +247,10 @@ class Exchange:
             while not number or number in self._pending:
                 number = next(self._numbers) & ID_MASK
             pending = self._pending[number] = Pending(request, number, when_done)
+        if isinstance(request, StreamRequest) and not self._may_stream(request.endpoint):
+            self._remove(pending)
+            pending.succeed(Status.INVAL)
+            return pending
         try:
             if isinstance(request, StreamRequest):
                 self._prepare_stream(request)
@@ -363,6 +370,11 @@ class Exchange:
                 if present is None or present.ended is not None or present.overflow:
                     self.streams[request.endpoint] = Stream()
 
+    def _may_stream(self, endpoint: int) -> bool:
+        """Whether there is such an endpoint. Hosts do not answer when there is none, or it is a control endpoint."""
+        table = self.endpoints
+        return table is None or table.type[endpoint_index(endpoint)] in STREAM_TYPES
+
     def _forget_stream(self, request: Request[Any]) -> None:
         """A stream whose start was never confirmed has no place either."""
         if isinstance(request, StreamRequest):
@@ -429,8 +441,10 @@ class Exchange:
 
     def _on_connect(self, packet: DeviceConnect) -> None:
         self.device = packet
+        self.disconnected = False
 
     def _on_disconnect(self, packet: DeviceDisconnect) -> None:
+        self.disconnected = True
         self._lose("the device went away before it answered")
 
     def _on_interface_info(self, packet: InterfaceInfo) -> None:

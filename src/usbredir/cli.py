@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import __version__, _export, _listing
+from . import __version__, _export, _listing, _run
 from ._messages import ExitCode, Failure, Messages
 
 __all__ = ["ExitCode", "joined", "main"]
@@ -25,6 +25,7 @@ examples:
   usbredir export --virtual disk:stick.img --as 127.0.0.1:4000
   qemu-system-x86_64 ... -device qemu-xhci \\
       -chardev socket,id=c,host=127.0.0.1,port=4000 -device usb-redir,chardev=c
+  usbredir run --connect 127.0.0.1:4000 -- python script_with_pyusb.py
 """
 
 
@@ -44,9 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def joined(arguments: Sequence[str]) -> list[str]:
-    """``--filter -1,...`` as ``--filter=-1,...``: argparse takes a value that begins with "-" for an option."""
+    """``--filter -1,...`` as ``--filter=-1,...``: argparse takes a value that begins with "-" for an option.
+
+    What follows ``--`` belongs to another program and stays as it is.
+    """
     result: list[str] = []
-    for argument in arguments:
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return [*result, *arguments[position:]]
         if result and result[-1] == "--filter" and argument.startswith("-1"):
             result[-1] = f"--filter={argument}"
         else:
@@ -65,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _export.add_arguments(commands, formatter)
     _listing.add_arguments(commands)
+    _run.add_arguments(commands, formatter)
     demo = commands.add_parser("demo", help="export a virtual USB stick to a guest on this machine and measure")
     demo.set_defaults(run=_demo)
     return parser

@@ -163,7 +163,8 @@ class Guest:
         """Return when the device is gone. Raises TimeoutError."""
         if not self._until(lambda: self._exchange.device is None, timeout):
             raise TimeoutError("the device is still there")
-        self._exchange.check_connection()
+        if not self._exchange.disconnected:
+            self._exchange.check_connection()
 
     def process(self) -> None:
         """Write what is queued and read what has arrived, without waiting, at most 1 MiB of it.
@@ -388,7 +389,8 @@ class Guest:
                         return False
         except FATAL as error:  # it ends for everybody
             exchange.fail(error)
-            raise
+            if not done():
+                raise
         return True
 
     def _remaining(self, limit: float | None) -> float | None:

@@ -49,6 +49,8 @@ POLLOUT = 4
 POLL_ERRORS = 8 | 16
 """poll(2)'s numbers; not every platform's select module has them."""
 
+LONGEST_POLL = 1_000_000.0
+"""Seconds that a poll takes at most: its number of milliseconds has 31 bits. Who wants more asks again."""
 CONNECT_TIMEOUT = 10.0
 """Seconds that connecting may take."""
 TURNED_AWAY = "another guest from {} was turned away: one at a time"
@@ -452,7 +454,7 @@ class Poller:
         if wanted is not self._wanted and wanted != self._wanted:
             self._register(wanted)
         # Rounded up, so that a timer that is nearly due does not spin.
-        return dict(self._poll.poll(None if timeout is None else int(timeout * 1000 + 0.999)))
+        return dict(self._poll.poll(None if timeout is None else int(min(timeout, LONGEST_POLL) * 1000 + 0.999)))
 
     def _register(self, wanted: Wanted) -> None:
         assert self._poll is not None
