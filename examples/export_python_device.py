@@ -1,4 +1,4 @@
-"""A USB device in twenty lines of Python, exported over TCP to a guest in the same process.
+"""A USB device in a few lines of Python, exported over TCP to a guest in the same process.
 
 What is written to endpoint 0x01 can be read, in capitals, from endpoint 0x81; vendor request 1 tells how many
 messages that were.
@@ -6,28 +6,20 @@ messages that were.
 
 import threading
 from collections import deque
-from contextlib import closing
 
-from usbredir.descriptors import Configuration, DeviceDescriptor, Endpoint, Interface, build_configuration
 from usbredir.guest import Guest
 from usbredir.transport import GuestConnection, Listener, connect, listen, serve
-from usbredir.virtual import Answer, Setup, VirtualDevice
-
-BULK, VENDOR_SPECIFIC = 2, 0xFF
-ENDPOINTS = (Endpoint(0x01, BULK, 512), Endpoint(0x81, BULK, 512))
-CONFIGURATION = Configuration(1, interfaces=(Interface(0, 0, VENDOR_SPECIFIC, endpoints=ENDPOINTS),))
-DESCRIPTOR = DeviceDescriptor(0x0200, VENDOR_SPECIFIC, 0, 0, 64, 0x1209, 0x0003, 0x0100, 1, 2, 0)
+from usbredir.virtual import NAK, Answer, Setup, VirtualDevice, bulk_in, bulk_out, interface, vendor_in
 
 
 class Shouter(VirtualDevice):
     """Says everything again, louder."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            device_descriptor=DESCRIPTOR.to_bytes(),
-            configurations=[build_configuration(CONFIGURATION)],
-            strings={1: "usbredir", 2: "Shouter"},
-        )
+    vendor_id, product_id, product = 0x1209, 0x0003, "Shouter"
+    interfaces = (interface(0xFF, bulk_out(0x01), bulk_in(0x81)),)
+
+    def began(self) -> None:
+        """Forget everything: the start, and every reset."""
         self.waiting: deque[bytes] = deque()
         self.count = 0
 
@@ -38,18 +30,19 @@ class Shouter(VirtualDevice):
 
     def data_in(self, endpoint: int, length: int) -> bytes | Answer:
         """Give the next message, if there is one."""
-        return self.waiting.popleft() if self.waiting else Answer.NAK
+        return self.waiting.popleft() if self.waiting else NAK
 
-    def control_request(self, setup: Setup, data: bytes) -> bytes | Answer:
-        """Tell the count."""
-        return bytes([self.count]) if (setup.request_type, setup.request) == (0xC0, 1) else Answer.STALL
+    @vendor_in(0x01)
+    def tell_count(self, setup: Setup) -> bytes:
+        """How many messages there were."""
+        return bytes([self.count])
 
 
 def export(listener: Listener) -> None:
     """Serve one guest."""
     connection = listener.accept(5)
     assert connection is not None
-    with connection, closing(Shouter()) as device:
+    with connection, Shouter() as device:
         serve(connection, device)
 
 

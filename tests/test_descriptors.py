@@ -16,6 +16,7 @@ from usbredir.descriptors import (
     bos_descriptor,
     build_configuration,
     device_ids,
+    interval_seconds,
     max_packet_size,
     parse_configuration,
     parse_device,
@@ -35,7 +36,7 @@ STICK = bytes.fromhex(
 """Configuration of a USB stick."""
 CAMERA = bytes.fromhex(
     "09 02 5b 00 02 01 00 80 fa"
-    "08 0b 00 02 0e 03 00 00"  # interface association: belongs to no interface
+    "08 0b 00 02 0e 03 00 00"  # interface association
     "09 04 00 00 01 0e 01 00 04"
     "0d 24 01 00 01 0d 00 80 8d 5b 00 01 01"  # class-specific, before any endpoint
     "07 05 83 03 10 00 08"
@@ -101,11 +102,12 @@ def test_stick() -> None:
 
 
 def test_camera() -> None:
-    """Associations are passed over, class-specific descriptors stay where they were, alternates keep their order."""
+    """Associations go with the interface behind them, other descriptors stay where they were, alternates keep order."""
     camera = parse_configuration(CAMERA)
     assert camera.numbers() == [0, 1]
     assert [(i.number, i.alternate) for i in camera.interfaces] == [(0, 0), (1, 0), (1, 7), (1, 2)]
     control = camera.first(0)
+    assert control.association == bytes.fromhex("08 0b 00 02 0e 03 00 00")
     assert control.extra == bytes.fromhex("0d 24 01 00 01 0d 00 80 8d 5b 00 01 01")
     assert control.name_index == 4
     assert [(e.address, e.extra) for e in control.endpoints] == [(0x83, bytes.fromhex("05 25 03 10 00"))]
@@ -122,10 +124,10 @@ def test_camera() -> None:
 def test_companions() -> None:
     """Streams are 2 to the power of the low five bits, for bulk endpoints only."""
     (interface,) = parse_configuration(SUPER).interfaces
-    assert [(e.max_streams, e.max_burst, e.companion) for e in interface.endpoints] == [
-        (16, 15, True),
-        (0, 3, True),
-        (0, 0, True),
+    assert [(e.max_streams, e.max_burst, e.companion, e.bytes_per_interval) for e in interface.endpoints] == [
+        (16, 15, True, 0),
+        (0, 3, True, 0),
+        (0, 0, True, 64),
     ]
 
 
@@ -238,6 +240,29 @@ def test_max_packet_size(kind: int, raw: int, speed: Speed, expected: int) -> No
     assert max_packet_size(Endpoint(0x81, kind, raw), speed) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "interval", "speed", "expected"),
+    [
+        (INTERRUPT, 10, Speed.LOW, 0.01),
+        (INTERRUPT, 255, Speed.FULL, 0.255),
+        (INTERRUPT, 1, Speed.HIGH, 0.000125),
+        (INTERRUPT, 4, Speed.HIGH, 0.001),
+        (INTERRUPT, 16, Speed.SUPER, 4.096),
+        (ISO, 1, Speed.FULL, 0.001),
+        (ISO, 4, Speed.FULL, 0.008),
+        (ISO, 1, Speed.HIGH, 0.000125),
+        (ISO + 0x24, 2, Speed.SUPER, 0.00025),
+        (INTERRUPT, 0, Speed.FULL, 0.001),  # what the specification does not allow
+        (INTERRUPT, 0, Speed.HIGH, 0.000125),
+        (INTERRUPT, 255, Speed.HIGH, 4.096),
+        (BULK, 4, Speed.HIGH, 0.0),
+        (0, 4, Speed.HIGH, 0.0),
+    ],
+)
+def test_intervals(kind: int, interval: int, speed: Speed, expected: float) -> None:
+    assert interval_seconds(Endpoint(0x81, kind, 8, interval), speed) == pytest.approx(expected)
+
+
 # ---------------------------------------------------------------- what filters look at
 
 
@@ -294,6 +319,8 @@ def endpoints(draw: st.DrawFn, interface: int) -> Endpoint:
         max_burst=draw(u8) if companion else 0,
         max_streams=1 << power if power else 0,
         companion=companion,
+        bytes_per_interval=draw(u16) if companion else 0,
+        tail=draw(st.binary(max_size=2)),
         extra=draw(extras),
     )
 
@@ -302,7 +329,10 @@ def endpoints(draw: st.DrawFn, interface: int) -> Endpoint:
 def interfaces(draw: st.DrawFn) -> Interface:
     number = draw(st.integers(0, 5))
     ends = tuple(draw(st.lists(endpoints(number), max_size=3)))
-    return Interface(number, draw(u8), draw(u8), draw(u8), draw(u8), draw(u8), ends, draw(extras))
+    association = draw(st.sampled_from([b"", bytes.fromhex("08 0b 00 01 0e 03 00 00")]))
+    return Interface(
+        number, draw(u8), draw(u8), draw(u8), draw(u8), draw(u8), ends, draw(extras), association=association
+    )
 
 
 configurations = st.builds(Configuration, u8, u8, u8, u8, st.lists(interfaces(), max_size=4).map(tuple))

@@ -636,13 +636,17 @@ def test_our_own_filter(bench: Bench, rules: str, why: str | None) -> None:
     assert device._closed
 
 
+class Foreign(LoopbackDevice):
+    """Of another vendor."""
+
+    vendor_id = 0x120A
+
+
 def test_another_device_at_the_same_place_is_filtered_as_well(bench: Bench) -> None:
     """After a loss the rules hold for what comes back."""
     first = LoopbackDevice()
     rules = filter.parse("-1,0x1209,-1,-1,1")
-    other = LoopbackDevice()
-    other._device_descriptor = other._device_descriptor.replace(b"\x09\x12", b"\x0a\x12")
-    bench.add(Source(first, other, LoopbackDevice()), settings=ExportSettings(rules=rules))
+    bench.add(Source(first, Foreign(), LoopbackDevice()), settings=ExportSettings(rules=rules))
     first.unplug()
     bench.until_event(Event.DEVICE_LOST)
     bench.clock.now += CHECK_DEVICE

@@ -84,8 +84,11 @@ def test_serial_number() -> None:
     bench.device.close()
 
 
-@pytest.mark.parametrize(("speed", "bulk"), [(Speed.FULL, 64), (Speed.HIGH, 512), (Speed.SUPER, 1024)])
-def test_endpoints(speed: Speed, bulk: int) -> None:
+@pytest.mark.parametrize(
+    ("speed", "bulk", "wide"),
+    [(Speed.FULL, 64, (1023, 0, 0)), (Speed.HIGH, 512, (3072, 0, 0)), (Speed.SUPER, 1024, (1024, 2, 3072))],
+)
+def test_endpoints(speed: Speed, bulk: int, wide: tuple[int, int, int]) -> None:
     """The table in the module's docstring, at every speed."""
     bench = Bench(speed=speed)
     assert bench.device.speed is speed
@@ -102,8 +105,9 @@ def test_endpoints(speed: Speed, bulk: int) -> None:
     assert {max_packet_size(e, speed) for e in first.endpoints if e.type is BULK} == {bulk}
     assert {e.max_streams for e in first.endpoints if e.type is BULK} == {16 if speed is Speed.SUPER else 0}
     assert [(i.number, i.alternate) for i in configuration.interfaces] == [(0, 0), (1, 0), (1, 1), (1, 2)]
-    sizes = [max_packet_size(e, Speed.HIGH) for i in configuration.interfaces[2:] for e in i.endpoints]
-    assert sizes == [1023, 1023, 3072, 3072]
+    narrow, wider = configuration.interfaces[2:]
+    assert [max_packet_size(e, speed) for e in narrow.endpoints] == [1023, 1023]
+    assert [(max_packet_size(e, speed), e.max_burst, e.bytes_per_interval) for e in wider.endpoints] == [wide] * 2
     bench.device.close()
 
 
@@ -124,6 +128,27 @@ def test_loop(bench: Bench) -> None:
     assert bench.bulk(0x81) == (Status.SUCCESS, b"one")
     assert bench.bulk(0x81) == (Status.SUCCESS, b"")
     assert bench.bulk(0x81, 64)[0] == Status.BABBLE
+
+
+def test_a_loop_for_each_stream() -> None:
+    """At super speed; each holds back what is too much by itself."""
+    bench = Bench(speed=Speed.SUPER)
+    assert bench.device.alloc_streams([0x01, 0x81], 16) == (Status.SUCCESS, 16)
+    waiting = [bench.start(0x81, stream_id=stream) for stream in (1, 16)]
+    for stream in (16, 1):
+        bench.start(0x01, data=b"%d" % stream, stream_id=stream)
+    bench.run()
+    assert [bytes(transfer.data) for transfer in waiting] == [b"1", b"16"]
+    many = [bench.start(0x01, data=b"x", stream_id=2) for _ in range(MAX_MESSAGES + 1)]
+    other = bench.start(0x01, data=b"x", stream_id=3)
+    bench.run()
+    assert (many[-1].context, other.context) == ([], [other])
+    bench.device.close()
+
+
+def test_low_speed_has_no_such_device() -> None:
+    with pytest.raises(ValueError, match="no bulk endpoints at low speed"):
+        LoopbackDevice(speed=Speed.LOW)
 
 
 def test_loop_answers_a_transfer_that_waits(bench: Bench) -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usbredir.virtual.medium import Buffer
-from usbredir.virtual.scsi import MAX_BLOCKS, DataPhase, MemoryMedium, ScsiDisk, ScsiStatus, Sense, Task
+from usbredir.virtual.medium import Buffer, MemoryMedium
+from usbredir.virtual.scsi import MAX_BLOCKS, DataPhase, ScsiStatus, ScsiTarget, Sense, Task
+from usbredir.virtual.scsi_disk import ScsiDisk
 
 BLOCKS = 64
 CONTENT = bytes(block % 251 for block in range(BLOCKS) for _ in range(512))
@@ -56,7 +57,7 @@ class Result(NamedTuple):
 GOOD = (0, 0, 0)
 
 
-def run(disk: ScsiDisk, cdb: bytes, data: bytes = b"", *, piece: int = 1 << 20) -> Result:
+def run(disk: ScsiTarget, cdb: bytes, data: bytes = b"", *, piece: int = 1 << 20) -> Result:
     """Run a command in pieces of at most *piece* bytes, and fetch its sense data."""
     task = disk.execute(cdb)
     received = b""
@@ -72,7 +73,7 @@ def run(disk: ScsiDisk, cdb: bytes, data: bytes = b"", *, piece: int = 1 << 20) 
     return Result(status, received, fetch_sense(disk))
 
 
-def fetch_sense(disk: ScsiDisk) -> tuple[int, int, int]:
+def fetch_sense(disk: ScsiTarget) -> tuple[int, int, int]:
     task = disk.execute(bytes.fromhex("030000001200"))
     raw = task.read(252)
     assert task.finish() is ScsiStatus.GOOD

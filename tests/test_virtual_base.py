@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +23,20 @@ from usbredir.descriptors import (
 )
 from usbredir.device import IsoResult, Transfer, UsbDevice
 from usbredir.errors import DeviceLostError
+from usbredir.guest import Guest
 from usbredir.proto import Speed, Status, TransferType
-from usbredir.transport import poll
-from usbredir.virtual import Answer, Setup, VirtualDevice
+from usbredir.transport import GuestConnection, listen, poll
+from usbredir.virtual import (
+    Answer,
+    Description,
+    Setup,
+    VirtualDevice,
+    bulk_in,
+    bulk_out,
+    interface,
+    interrupt_in,
+    interrupt_out,
+)
 
 PATIENCE = 60.0
 """Seconds after which a thread counts as stuck."""
@@ -32,7 +46,7 @@ DEVICE_DESCRIPTOR = DeviceDescriptor(0x0200, 0xFF, 0, 0, 64, 0x1209, 2, 0x0100, 
 FIRST = build_configuration(
     Configuration(
         1,
-        attributes=0xC0,
+        attributes=0xE0,
         interfaces=(
             Interface(
                 0, 0, 0xFF, endpoints=(Endpoint(IN, BULK, 512), Endpoint(OUT, BULK, 512), Endpoint(OTHER_IN, BULK, 512))
@@ -44,6 +58,7 @@ FIRST = build_configuration(
 )
 SECOND = build_configuration(Configuration(5, attributes=0x80, interfaces=(Interface(0, 0, 0xFF),)))
 BOS = bos_descriptor([])
+STRINGS = {1: "maker", 2: "Gerät ☃", 3: "x" * 200}
 
 
 class Clock:
@@ -59,21 +74,20 @@ class Clock:
 class Device(VirtualDevice):
     """Answers what the test puts into ``answers``, by endpoint; NAK otherwise. Writes down what happens."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **more: Any) -> None:
+        self._told = Description(DEVICE_DESCRIPTOR, [FIRST, SECOND], STRINGS, **more)
         self.clock = Clock()
         self.events: list[object] = []
         self.answers: dict[int, Any] = {}
         self.accept: Answer | None = None
         self.period = 0.0
         self.control: Callable[[Setup, bytes], Any] = lambda setup, data: Answer.STALL
-        arguments = {
-            "device_descriptor": DEVICE_DESCRIPTOR,
-            "configurations": [FIRST, SECOND],
-            "strings": {1: "maker", 2: "Gerät ☃", 3: "x" * 200},
-            "clock": self.clock,
-            **options,
-        }
-        super().__init__(**arguments)
+        super().__init__(clock=self.clock)
+        assert self.events == ["began"]
+        self.events.clear()
+
+    def describe(self, speed: Speed) -> Description:
+        return self._told
 
     def data_in(self, endpoint: int, length: int) -> Any:
         answer = self.answers.get(endpoint, Answer.NAK)
@@ -97,8 +111,8 @@ class Device(VirtualDevice):
     def alternate_selected(self, interface: int, alternate: int) -> None:
         self.events.append(("alternate", interface, alternate))
 
-    def was_reset(self) -> None:
-        self.events.append("reset")
+    def began(self) -> None:
+        self.events.append("began")
 
     # ------------------------------------------------------------ for tests
 
@@ -158,16 +172,72 @@ def test_a_virtual_device_is_a_usb_device(device: Device) -> None:
     device.claim()
 
 
+class Small(VirtualDevice):
+    """Nothing but a declaration."""
+
+    interfaces = (interface(0xFF, bulk_in(IN)),)
+
+
 def test_a_device_of_one_s_own_takes_few_lines() -> None:
     """The defaults: everything NAKs or stalls, everything sent is accepted."""
-    with_defaults = VirtualDevice(device_descriptor=DEVICE_DESCRIPTOR, configurations=[FIRST])
+    with_defaults = Small()
     assert with_defaults.control_request(Setup(0xC0, 1, 0, 0, 4), b"") is Answer.STALL
     assert with_defaults.data_in(IN, 5) is Answer.NAK
     assert with_defaults.data_out(OUT, b"x") is None
     with_defaults.halt_cleared(IN)
     with_defaults.alternate_selected(0, 0)
-    with_defaults.was_reset()
+    with_defaults.began()
     with_defaults.close()
+
+
+def test_most_interfaces() -> None:
+    class Huge(VirtualDevice):
+        interfaces = tuple(interface(0xFF) for _ in range(33))
+
+    with pytest.raises(ValueError, match="33 interfaces"):
+        Huge()
+
+
+def test_periods_are_those_declared() -> None:
+    """Seconds of each interrupt and isochronous endpoint of the present alternate settings."""
+
+    class Paced(VirtualDevice):
+        interfaces = (interface(0xFF, interrupt_in(0x81, period=0.01), bulk_in(0x82)), interface(0xFF))
+
+    device = Paced()
+    periods = [device.packet_period(endpoint) for endpoint in (0x81, 0x82, 0x83)]
+    assert periods == [pytest.approx(0.008), 0, 0]
+    device.close()
+
+
+@pytest.mark.parametrize("speed", [Speed.FULL, Speed.SUPER])
+def test_the_speed_is_the_object_s(speed: Speed) -> None:
+    device = Small(speed=speed)
+    assert device.speed is speed
+    assert Small.speed is Speed.HIGH
+    device.close()
+
+
+def test_the_first_device_of_the_page_is_short_and_works(tmp_path: Path) -> None:
+    """Complete in twenty lines, export included."""
+    page = (Path(__file__).parent.parent / "docs" / "virtual.md").read_text(encoding="utf-8")
+    program = page.partition("```py\n")[2].partition("```\n")[0]
+    assert 10 <= len(program.splitlines()) <= 20
+    with listen(f"unix:{tmp_path}/echo.sock") as listener:
+        process = subprocess.Popen(
+            [sys.executable, "-X", "dev", "-W", "error", "-c", program], cwd=tmp_path, stderr=subprocess.PIPE
+        )
+        try:
+            connection = listener.accept(PATIENCE)
+            assert connection is not None
+            with connection, Guest(GuestConnection(connection)) as guest:
+                guest.wait_for_device(PATIENCE)
+                for message in (b"one", b"two" * 1000, b""):
+                    guest.bulk_out(0x01, message, timeout=PATIENCE)
+                    assert guest.bulk_in(0x81, 4096, timeout=PATIENCE).data == message
+        finally:
+            _, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors) == (0, b"")
 
 
 # ================================================================ standard requests
@@ -224,6 +294,16 @@ def test_remote_wakeup(device: Device) -> None:
     assert device.read(status) == b"\x01\x00"
     device.set_configuration(5)
     assert device.read(status) == b"\x00\x00"
+    assert device.request(Setup(0x00, 3, 1, 0, 0)).status == Status.STALL, "this configuration cannot wake the host"
+    assert device.read(status) == b"\x00\x00"
+
+
+def test_remote_wakeup_ends_with_a_reset(device: Device) -> None:
+    assert not device.remote_wakeup_enabled
+    device.request(Setup(0x00, 3, 1, 0, 0))
+    assert device.remote_wakeup_enabled
+    device.reset()
+    assert not device.remote_wakeup_enabled
 
 
 def test_halts_by_request(device: Device) -> None:
@@ -462,7 +542,7 @@ def test_configurations(device: Device) -> None:
     assert device.set_configuration(1) == Status.SUCCESS
     assert not device.is_halted(IN)
     assert device.read(Setup(0x81, 10, 0, 1, 1)) == b"\x00"
-    assert device.events.count("reset") == 2
+    assert device.events.count("began") == 2
 
 
 def test_unconfigured(device: Device) -> None:
@@ -506,7 +586,7 @@ def test_reset(device: Device) -> None:
     device.halt(IN)
     device.events.clear()
     device.reset()
-    assert device.events == ["reset"]
+    assert device.events == ["began"]
     assert not device.is_halted(IN)
     assert device.read(Setup(0x80, 8, 0, 0, 1)) == b"\x01"
     assert device.read(Setup(0x81, 10, 0, 1, 1)) == b"\x01"
@@ -515,7 +595,7 @@ def test_reset(device: Device) -> None:
 @pytest.mark.parametrize(
     ("options", "events"),
     [
-        ({"give_back": True}, ["reset"]),
+        ({"give_back": True}, ["began"]),
         ({"give_back": False}, []),
         ({"give_back": True, "reset": False}, []),
     ],
@@ -526,9 +606,344 @@ def test_release(device: Device, options: dict[str, bool], events: list[str]) ->
     assert device.events == events
 
 
-def test_there_are_no_streams(device: Device) -> None:
+# ---------------------------------------------------------------- streams
+
+
+class Streams(VirtualDevice):
+    """Echoes on each stream by itself; nothing on stream 3."""
+
+    speed = Speed.SUPER
+    interfaces = (
+        interface(0xFF, bulk_in(0x81, max_streams=16), bulk_out(0x01, max_streams=4), bulk_in(0x82)),
+        interface(0xFF, bulk_in(0x83, max_streams=8)),
+        interface(0xFF, bulk_in(0x83, max_streams=8), alternate=1),
+        interface(0xFF, alternate=2),
+    )
+
+    def began(self) -> None:
+        self.messages: dict[int, bytes] = {}
+
+    def data_out(self, endpoint: int, data: bytes | bytearray | memoryview) -> None:
+        self.messages[self.stream] = bytes(data)
+
+    def data_in(self, endpoint: int, length: int) -> bytes | Answer:
+        return self.messages.pop(self.stream, Answer.NAK)
+
+    def start(self, endpoint: int, stream: int, data: bytes = b"") -> list[Transfer]:
+        """Submit a transfer; the list of what completed."""
+        done: list[Transfer] = []
+        status = self.submit(Transfer(BULK, endpoint, len(data) or 64, done.append, data=data, stream_id=stream))
+        assert status == Status.SUCCESS
+        return done
+
+
+@pytest.fixture
+def streams() -> Iterator[Streams]:
+    device = Streams()
+    yield device
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "count", "expected"),
+    [
+        ([0x81, 0x01], 4, (Status.SUCCESS, 4)),
+        ([0x81, 0x01], 5, (Status.SUCCESS, 4)),
+        ([0x81], 16, (Status.SUCCESS, 16)),
+        ([0x81], 1, (Status.SUCCESS, 1)),
+        ([0x81], 0, (Status.IOERROR, 0)),
+        ([], 4, (Status.IOERROR, 0)),
+        ([0x81, 0x82], 4, (Status.IOERROR, 0)),
+        ([0x81, 0x8F], 4, (Status.IOERROR, 0)),
+    ],
+)
+def test_allocating_streams(streams: Streams, endpoints: list[int], count: int, expected: tuple[int, int]) -> None:
+    assert streams.alloc_streams(endpoints, count) == expected
+    assert streams.free_streams(endpoints) == expected[0]
+    assert streams.free_streams(endpoints) == Status.IOERROR
+
+
+def test_streams_wait_for_themselves(streams: Streams) -> None:
+    """Each has its own queue, and hooks know which one they are asked for."""
+    streams.alloc_streams([0x81, 0x01], 4)
+    first, second, third = (streams.start(0x81, stream) for stream in (1, 2, 3))
+    streams.start(0x01, 2, b"two")
+    streams.start(0x01, 1, b"one")
+    for _ in range(3):
+        streams.handle_events(0)
+    assert [bytes(done[0].data) for done in (first, second)] == [b"one", b"two"]
+    assert third == []
+
+
+@pytest.mark.parametrize("stream", [0, 5])
+def test_transfers_without_their_stream(streams: Streams, stream: int) -> None:
+    """An endpoint that has streams takes nothing else, until they are freed."""
+    streams.alloc_streams([0x81], 4)
+    assert streams.submit(Transfer(BULK, 0x81, 8, print, stream_id=stream)) == Status.INVAL
+    streams.free_streams([0x81])
+    streams.start(0x81, stream)
+
+
+def test_a_stream_that_nobody_allocated_is_not_looked_at(streams: Streams) -> None:
+    """As on a real bus: the endpoint has one queue."""
+    streams.alloc_streams([0x83], 4)
+    for stream in (0, 3):
+        done = streams.start(0x81, stream)
+        streams.start(0x01, 7, b"data")
+        for _ in range(3):
+            streams.handle_events(0)
+        assert bytes(done[0].data) == b"data"
+
+
+def test_streams_of_the_past_leave_no_queue(streams: Streams) -> None:
+    streams.alloc_streams([0x81, 0x01], 4)
+    for stream in range(1, 5):
+        done = streams.start(0x81, stream)
+        streams.start(0x01, stream, b"data")
+        for _ in range(3):
+            streams.handle_events(0)
+        assert bytes(done[0].data) == b"data"
+    assert not streams._queues
+
+
+@pytest.mark.parametrize("how", ["reset", "configuration", "alternate", "alternate without"])
+def test_streams_end(streams: Streams, how: str) -> None:
+    """With a reset, another configuration, another alternate setting; those of other interfaces stay."""
+    assert streams.alloc_streams([0x81], 4) == (Status.SUCCESS, 4)
+    assert streams.alloc_streams([0x83], 4) == (Status.SUCCESS, 4)
+    ways: dict[str, Callable[[], object]] = {
+        "reset": streams.reset,
+        "configuration": lambda: streams.set_configuration(1),
+        "alternate": lambda: streams.set_alt_setting(1, 1),
+        "alternate without": lambda: streams.set_alt_setting(1, 2),
+    }
+    ways[how]()
+    assert streams.free_streams([0x83]) == Status.IOERROR
+    assert streams.free_streams([0x81]) == (Status.SUCCESS if "alternate" in how else Status.IOERROR)
+
+
+def test_a_halt_is_that_of_all_streams(streams: Streams) -> None:
+    streams.alloc_streams([0x81], 4)
+    streams.halt(0x81)
+    both = [streams.start(0x81, stream) for stream in (1, 2)]
+    streams.handle_events(0)
+    assert [done[0].status for done in both] == [Status.STALL] * 2
+
+
+def test_devices_without_streams(device: Device) -> None:
     assert device.alloc_streams([IN], 4) == (Status.IOERROR, 0)
     assert device.free_streams([IN]) == Status.IOERROR
+
+
+# ---------------------------------------------------------------- interrupt endpoints, and what a device sends
+
+
+class Reports(VirtualDevice):
+    """Sends; takes what it is given, if it may."""
+
+    interfaces = (
+        interface(0xFF, interrupt_in(0x81, 8, interval=4), interrupt_out(0x01, 8, interval=5), bulk_in(0x82)),
+        interface(0xFF),
+        interface(0xFF, bulk_in(0x83), alternate=1),
+    )
+    send_limit = 10
+
+    def __init__(self) -> None:
+        self.time = Clock()
+        super().__init__(clock=self.time)
+
+    def start(self, endpoint: int, length: int = 64, kind: TransferType = INTERRUPT, **options: Any) -> Transfer:
+        done: list[Transfer] = []
+        transfer = Transfer(kind, endpoint, length, done.append, data=bytes(length), context=done, **options)
+        assert self.submit(transfer) == Status.SUCCESS
+        return transfer
+
+    def pass_time(self, seconds: float) -> None:
+        self.time.now += seconds
+        for _ in range(3):
+            self.handle_events(0)
+
+
+@pytest.fixture
+def reports() -> Iterator[Reports]:
+    device = Reports()
+    yield device
+    device.close()
+
+
+PERIOD = 0.001
+"""Seconds of bInterval 4 at high speed."""
+
+
+def test_reports_come_once_per_interval(reports: Reports) -> None:
+    """The first at once, the next ones in time."""
+    for number in range(3):
+        assert reports.send(0x81, bytes([number]))
+    transfers = [reports.start(0x81) for _ in range(4)]
+    reports.pass_time(0)
+    for number, transfer in enumerate(transfers[:3]):
+        assert is_done(transfer)
+        assert bytes(transfer.data) == bytes([number])
+        assert not is_done(transfers[number + 1])
+        assert reports.next_timeout() == pytest.approx(PERIOD, rel=0.01)
+        reports.pass_time(PERIOD * 0.9)
+        assert not is_done(transfers[number + 1])
+        reports.pass_time(PERIOD * 0.101)
+    assert not is_done(transfers[3]), "there is nothing"
+    assert reports.next_timeout() is None
+
+
+def test_a_report_after_a_pause_comes_at_once(reports: Reports) -> None:
+    for _ in range(3):
+        transfer = reports.start(0x81)
+        reports.pass_time(1.0)
+        reports.send(0x81, b"news")
+        reports.pass_time(0)
+        assert is_done(transfer)
+
+
+def test_the_rhythm_stays(reports: Reports) -> None:
+    """Events that are handled a little late delay what follows by nothing, much too late ones give no burst."""
+    for number in range(4):
+        reports.send(0x81, bytes([number]))
+    transfers = [reports.start(0x81) for _ in range(4)]
+    reports.pass_time(0)
+    reports.pass_time(PERIOD * 1.5)
+    assert is_done(transfers[1])
+    assert reports.next_timeout() == pytest.approx(PERIOD * 0.5)
+    reports.pass_time(PERIOD * 100)
+    assert (is_done(transfers[2]), is_done(transfers[3])) == (True, False)
+    reports.pass_time(PERIOD * 1.01)
+    assert is_done(transfers[3])
+
+
+def test_several_packets_take_several_intervals(reports: Reports) -> None:
+    """20 bytes are three packets of 8."""
+    reports.send(0x81, bytes(20))
+    reports.send(0x81, b"next")
+    first, second = reports.start(0x81), reports.start(0x81)
+    reports.pass_time(0)
+    assert (is_done(first), first.actual_length) == (True, 20)
+    assert reports.next_timeout() == pytest.approx(3 * PERIOD)
+    reports.pass_time(3.01 * PERIOD)
+    assert is_done(second)
+
+
+def test_interrupts_out_have_their_interval(reports: Reports) -> None:
+    """2 ms each; two packets take twice the time."""
+    transfers = [reports.start(0x01, length) for length in (8, 9, 8)]
+    reports.pass_time(0)
+    assert [is_done(transfer) for transfer in transfers] == [True, False, False]
+    reports.pass_time(2.01 * PERIOD)
+    assert [is_done(transfer) for transfer in transfers] == [True, True, False]
+    reports.pass_time(2.01 * PERIOD)
+    assert not is_done(transfers[2])
+    reports.pass_time(2.01 * PERIOD)
+    assert is_done(transfers[2])
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+def test_an_interrupt_that_ends_early_leaves_nothing(reports: Reports, how: str) -> None:
+    """No time to wait for; the next transfer takes its place."""
+    reports.send(0x81, b"1")
+    reports.send(0x81, b"2")
+    reports.start(0x81)
+    early = reports.start(0x81, timeout=PERIOD / 2 if how == "timeout" else 0.0)
+    reports.pass_time(0)
+    later = reports.start(0x81)
+    if how == "cancel":
+        reports.cancel(early)
+    reports.pass_time(PERIOD / 2)
+    assert is_done(early)
+    assert reports.next_timeout() == pytest.approx(PERIOD / 2)
+    reports.pass_time(PERIOD)
+    assert (is_done(later), bytes(later.data)) == (True, b"2")
+    assert reports.next_timeout() is None
+
+
+def test_an_interval_that_the_device_ends(reports: Reports, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is waited for any more."""
+    reports.send(0x81, b"1")
+    reports.start(0x81)
+    waiting = reports.start(0x81)
+    reports.pass_time(0)
+    assert reports.next_timeout() == pytest.approx(PERIOD)
+    monkeypatch.setattr(reports, "packet_period", lambda endpoint: 0.0)
+    reports.notify()
+    reports.pass_time(0)
+    assert reports.next_timeout() is None
+    assert not is_done(waiting)
+
+
+def test_a_reset_begins_intervals_anew(reports: Reports) -> None:
+    reports.send(0x81, b"1")
+    reports.start(0x81)
+    reports.pass_time(0)
+    reports.reset()
+    reports.send(0x81, b"2")
+    transfer = reports.start(0x81)
+    reports.pass_time(0)
+    assert is_done(transfer)
+
+
+def test_what_is_sent_waits_for_transfers(reports: Reports) -> None:
+    """A message ends a transfer; what does not fit goes into the next one; an empty one is one, too."""
+    for message in (b"0123456789", b"", bytearray(b"ab")):
+        reports.send(0x82, message)
+    got = []
+    for length in (4, 4, 4, 64, 64):
+        transfer = reports.start(0x82, length, BULK)
+        reports.pass_time(0)
+        got.append(bytes(transfer.data))
+    assert got == [b"0123", b"4567", b"89", b"", b"ab"]
+
+
+def test_what_is_sent_is_a_copy(reports: Reports) -> None:
+    message = bytearray(b"before")
+    reports.send(0x82, message)
+    message[:] = b"behind"
+    transfer = reports.start(0x82, kind=BULK)
+    reports.pass_time(0)
+    assert bytes(transfer.data) == b"before"
+
+
+def test_sending_has_a_limit(reports: Reports) -> None:
+    """For each endpoint; there is room again when the host takes something."""
+    assert [reports.send(0x82, b"x") for _ in range(11)] == [True] * 10 + [False]
+    assert reports.send(0x81, b"x")
+    reports.start(0x82, kind=BULK)
+    reports.pass_time(0)
+    assert reports.send(0x82, b"x")
+
+
+def test_sending_to_nobody(reports: Reports) -> None:
+    """An alternate setting that is not selected, no configuration, no device, no endpoint."""
+    assert not reports.send(0x83, b"x")
+    reports.set_alt_setting(1, 1)
+    assert reports.send(0x83, b"x")
+    reports.send(0x82, b"x")
+    reports.set_configuration(0)
+    assert not reports.send(0x82, b"x")
+    reports.set_configuration(1)
+    transfer = reports.start(0x82, kind=BULK)
+    reports.pass_time(0)
+    assert not is_done(transfer), "the start forgets what waited"
+    for endpoint in (0x8F, 0x01):
+        with pytest.raises(ValueError, match=f"no IN endpoint 0x{endpoint:02x}"):
+            reports.send(endpoint, b"x")
+    reports.unplug()
+    assert not reports.send(0x82, b"x")
+
+
+def test_sending_from_another_thread_wakes(reports: Reports) -> None:
+    transfer = reports.start(0x82, kind=BULK)
+    reports.pass_time(0)
+    thread = threading.Thread(target=reports.send, args=(0x82, b"now"))
+    thread.start()
+    reports.handle_events(PATIENCE)
+    thread.join(PATIENCE)
+    assert is_done(transfer)
+    assert bytes(transfer.data) == b"now"
 
 
 # ---------------------------------------------------------------- isochronous
@@ -701,6 +1116,17 @@ def test_timeouts(device: Device) -> None:
     assert device.next_timeout() is None
 
 
+def test_what_waits_behind_a_timeout_is_asked_for(device: Device) -> None:
+    first, second = device.start(OUT, data=b"1", timeout=1.0), device.start(OUT, data=b"2")
+    device.accept = Answer.NAK
+    device.handle_events(0)
+    device.accept = None
+    device.clock.now += 1.0
+    device.handle_events(0)
+    assert (first.status, second.status) == (Status.TIMEOUT, Status.SUCCESS)
+    assert (is_done(first), is_done(second)) == (True, True)
+
+
 def test_a_timeout_that_is_not_needed(device: Device) -> None:
     """A transfer that completed has none any more."""
     device.answers[IN] = b"data"
@@ -819,6 +1245,12 @@ def test_close(device: Device) -> None:
         os.fstat(descriptor)
 
 
+def test_the_end_of_with_closes() -> None:
+    with Small() as device:
+        assert device.pollfds()
+    assert not device.pollfds()
+
+
 # ================================================================ polling and threads
 
 
@@ -877,7 +1309,7 @@ def test_waiting_ends_with_work_from_another_thread(device: Device) -> None:
 
 def test_waiting_without_a_time() -> None:
     """None waits until there is something; also for a timer."""
-    device = VirtualDevice(device_descriptor=DEVICE_DESCRIPTOR, configurations=[FIRST])
+    device = Small()
     ran: list[int] = []
     device.call_later(0.001, lambda: ran.append(1))
     while not ran:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from . import filter as _filter
 from ._messages import ExitCode, Failure, Messages
-from .device import UsbDevice
+from ._virtual_kinds import KINDS, virtual_device
 from .errors import DeviceError, FilterSyntaxError, ProtocolError
 from .exporter import Connecting, DeviceSource, Exporter, ExportSettings, FactorySource, Listening, run
 from .parser import LogLevel
@@ -30,7 +30,7 @@ DEFAULT_PORT = 4000
 """usbredirserver's."""
 
 DESCRIPTION = "Let virtual machines use devices. Takes the options of usbredirect and of usbredirserver as they are."
-EPILOG = """\
+EPILOG = f"""\
 real devices, as --device or, as with usbredirserver, without it:
   VID:PID          vendor and product, hexadecimal, as in 0781:5567
   BUS-DEV          bus number and device address, decimal, as in 1-4
@@ -38,9 +38,7 @@ real devices, as --device or, as with usbredirserver, without it:
   serial:TEXT      the device with this serial number
 
 virtual devices:
-  disk:FILE        a USB stick whose content is FILE (a disk image); add ,ro to protect it
-  loopback         a vendor-specific device for tests
-
+{"".join(f"  {kind.form:<16} {kind.what}{chr(10)}" for kind in KINDS.values())}
 roles:
   --as ADDRESS     wait there for the virtual machine to connect
   --to ADDRESS     connect to the virtual machine, which waits there (in QEMU: server=on,wait=off)
@@ -219,38 +217,16 @@ def _server_address(options: argparse.Namespace) -> str:
 
 def _source(wanted: Wanted, options: argparse.Namespace) -> DeviceSource:
     if wanted.option == "--virtual":
-        return FactorySource(_virtual_device(wanted.value, SPEEDS[options.speed]))
+        try:
+            return FactorySource(virtual_device(wanted.value, SPEEDS[options.speed]))
+        except ValueError as error:
+            raise Failure(ExitCode.USAGE, f"--virtual {wanted.value}: {error}") from error
     from .backends._source import FdSource, PyusbSource, parse_spec
 
     try:
         return PyusbSource(parse_spec(wanted.value)) if wanted.option == "--device" else FdSource(int(wanted.value))
     except ValueError as error:
         raise Failure(ExitCode.USAGE, f"{wanted.option} {error}") from error
-
-
-def _virtual_device(text: str, speed: Speed) -> Any:
-    """A function that makes the device."""
-    from .virtual import LoopbackDevice, MassStorage
-
-    kind, _, argument = text.partition(":")
-    if kind == "loopback" and not argument:
-        return lambda: LoopbackDevice(speed=speed)
-    if kind != "disk" or not argument:
-        raise Failure(ExitCode.USAGE, f"--virtual {text}: use disk:FILE, disk:FILE,ro or loopback")
-    path, comma, flag = argument.rpartition(",")
-    read_only = bool(comma) and flag == "ro"
-    image = path if read_only else argument
-
-    def make() -> UsbDevice:
-        try:
-            return MassStorage(image, read_only=read_only, speed=speed)
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise DeviceError(
-                f"disk image {image}: {why}; make one with e.g. truncate -s 64M {image}, or check its permissions"
-            ) from error
-
-    return make
 
 
 def _peer(wanted: Wanted) -> Listening | Connecting:

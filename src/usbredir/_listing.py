@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import filter as _filter
 from ._describe import CLASS_NAMES
 from ._messages import ExitCode, Failure
+from ._virtual_kinds import KINDS
 from .errors import DeviceError, FilterSyntaxError
 from .filter import FilterResult, FilterRule
 from .parser import escape
@@ -51,7 +52,7 @@ def list_devices(options: argparse.Namespace) -> int:
             print(line)
         if not devices:
             print("(no real devices)")
-        print("\nvirtual: disk:FILE  loopback")
+        print("\nvirtual:", "  ".join(kind.form for kind in KINDS.values()))
     return ExitCode.OK
 
 

@@ -20,8 +20,10 @@ __all__ = [
     "DeviceDescriptor",
     "Endpoint",
     "Interface",
+    "bos_descriptor",
     "build_configuration",
     "device_ids",
+    "interval_seconds",
     "max_packet_size",
     "parse_configuration",
     "parse_device",
@@ -37,7 +39,11 @@ class DescriptorType(IntEnum):
     STRING = 3
     INTERFACE = 4
     ENDPOINT = 5
+    DEVICE_QUALIFIER = 6
+    OTHER_SPEED_CONFIGURATION = 7
+    INTERFACE_ASSOCIATION = 11
     BOS = 15
+    DEVICE_CAPABILITY = 16
     COMPANION = 48
 
 
@@ -50,6 +56,8 @@ class Endpoint:
         raw_max_packet_size: wMaxPacketSize as sent, with the bits for high-bandwidth.
         max_burst: packets per burst beyond the first (companion).
         max_streams: 2 to the power of the companion's field for bulk endpoints, 0 for none.
+        bytes_per_interval: what a periodic endpoint moves per interval (companion).
+        tail: bytes of the endpoint descriptor itself beyond the usual seven, as audio endpoints have.
         extra: class-specific descriptors that follow the endpoint's, as sent.
     """
 
@@ -61,6 +69,8 @@ class Endpoint:
     max_burst: int = 0
     max_streams: int = 0
     companion: bool = False
+    bytes_per_interval: int = 0
+    tail: bytes = b""
     extra: bytes = b""
 
     @property
@@ -71,7 +81,12 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Interface:
-    """One alternate setting of an interface."""
+    """One alternate setting of an interface.
+
+    Attributes:
+        extra: class-specific descriptors between the interface's and its first endpoint's, as sent.
+        association: the interface association descriptor before it, as sent.
+    """
 
     number: int
     alternate: int
@@ -81,6 +96,7 @@ class Interface:
     name_index: int = 0
     endpoints: tuple[Endpoint, ...] = ()
     extra: bytes = b""
+    association: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -177,8 +193,15 @@ def parse_configuration(raw: bytes) -> Configuration:
         raise ValueError(f"not a configuration descriptor: {raw[:9].hex(' ')}")
     head = pieces[0]
     interfaces: list[Interface] = []
+    association = b""
     for piece in pieces[1:]:
-        _add_piece(interfaces, piece)
+        if piece[1] == DescriptorType.INTERFACE_ASSOCIATION:
+            association = piece
+        elif piece[1] == DescriptorType.INTERFACE and len(piece) >= 9:
+            interfaces.append(Interface(*piece[2:4], *piece[5:9], association=association))
+            association = b""
+        elif interfaces:  # before the first interface: class-specific descriptors of the configuration
+            interfaces[-1] = _with_piece(interfaces[-1], piece)
     configuration = Configuration(head[5], head[7], head[8], head[6], tuple(interfaces))
     if len(configuration.numbers()) > MAX_INTERFACES:
         raise ValueError(
@@ -187,29 +210,29 @@ def parse_configuration(raw: bytes) -> Configuration:
     return configuration
 
 
-def _add_piece(interfaces: list[Interface], piece: bytes) -> None:
-    kind = piece[1]
-    if kind == DescriptorType.INTERFACE and len(piece) >= 9:
-        interfaces.append(Interface(piece[2], piece[3], piece[5], piece[6], piece[7], piece[8]))
-    elif not interfaces:
-        return  # between the configuration and its first interface: association descriptors and the like
-    elif kind == DescriptorType.ENDPOINT and len(piece) >= 7:
-        endpoint = Endpoint(
-            piece[2], piece[3], int.from_bytes(piece[4:6], "little"), piece[6], interface=interfaces[-1].number
-        )
-        interfaces[-1] = replace(interfaces[-1], endpoints=(*interfaces[-1].endpoints, endpoint))
-    elif interfaces[-1].endpoints:
-        *before, last = interfaces[-1].endpoints
-        interfaces[-1] = replace(interfaces[-1], endpoints=(*before, _extend_endpoint(last, piece)))
-    else:
-        interfaces[-1] = replace(interfaces[-1], extra=interfaces[-1].extra + piece)
+def _with_piece(interface: Interface, piece: bytes) -> Interface:
+    """The interface with one more of the descriptors that follow it."""
+    if piece[1] == DescriptorType.ENDPOINT and len(piece) >= 7:
+        address, attributes, low, high, interval = piece[2:7]
+        endpoint = Endpoint(address, attributes, low | high << 8, interval, interface.number, tail=piece[7:])
+        return replace(interface, endpoints=(*interface.endpoints, endpoint))
+    if interface.endpoints:
+        *before, last = interface.endpoints
+        return replace(interface, endpoints=(*before, _extend_endpoint(last, piece)))
+    return replace(interface, extra=interface.extra + piece)
 
 
 def _extend_endpoint(endpoint: Endpoint, piece: bytes) -> Endpoint:
     if piece[1] != DescriptorType.COMPANION or len(piece) < 6:
         return replace(endpoint, extra=endpoint.extra + piece)
     power = piece[3] & 0x1F if endpoint.type is TransferType.BULK else 0
-    return replace(endpoint, companion=True, max_burst=piece[2], max_streams=1 << power if power else 0)
+    return replace(
+        endpoint,
+        companion=True,
+        max_burst=piece[2],
+        max_streams=1 << power if power else 0,
+        bytes_per_interval=int.from_bytes(piece[4:6], "little"),
+    )
 
 
 def max_packet_size(endpoint: Endpoint, speed: Speed) -> int:
@@ -219,6 +242,24 @@ def max_packet_size(endpoint: Endpoint, speed: Speed) -> int:
         extra = endpoint.raw_max_packet_size >> 11 & 3
         return size * (extra + 1 if extra < 3 else 1)
     return size
+
+
+FRAME, MICROFRAME = 0.001, 0.000125
+"""Seconds between two starts of frames, and of microframes at high and super speed."""
+
+
+def interval_seconds(endpoint: Endpoint, speed: Speed) -> float:
+    """Seconds between two polls of an interrupt or isochronous endpoint; 0 for the others.
+
+    A value outside of what the speed allows counts as the nearest one. Source: USB 2.0, table 9-13; USB 3.2, 9.6.6.
+    """
+    if endpoint.type not in (TransferType.INTERRUPT, TransferType.ISO):
+        return 0.0
+    slow = speed in (Speed.LOW, Speed.FULL)
+    if slow and endpoint.type is TransferType.INTERRUPT:
+        return FRAME * max(1, endpoint.interval)
+    exponent = min(max(1, endpoint.interval), 16) - 1
+    return (FRAME if slow else MICROFRAME) * (1 << exponent)
 
 
 def device_ids(device: bytes, configuration: bytes | None) -> DeviceIds:
@@ -274,22 +315,25 @@ def _build_interface(interface: Interface) -> bytes:
         interface.interface_protocol,
         interface.name_index,
     )
-    return head + interface.extra + b"".join(map(_build_endpoint, interface.endpoints))
+    return interface.association + head + interface.extra + b"".join(map(_build_endpoint, interface.endpoints))
 
 
 def _build_endpoint(endpoint: Endpoint) -> bytes:
     raw = struct.pack(
         "<BBBBHB",
-        7,
+        7 + len(endpoint.tail),
         DescriptorType.ENDPOINT,
         endpoint.address,
         endpoint.attributes,
         endpoint.raw_max_packet_size,
         endpoint.interval,
     )
+    raw += endpoint.tail
     if endpoint.companion:
         streams = endpoint.max_streams.bit_length() - 1 if endpoint.max_streams else 0
-        raw += struct.pack("<BBBBH", 6, DescriptorType.COMPANION, endpoint.max_burst, streams, 0)
+        raw += struct.pack(
+            "<BBBBH", 6, DescriptorType.COMPANION, endpoint.max_burst, streams, endpoint.bytes_per_interval
+        )
     return raw + endpoint.extra
 
 

@@ -1,4 +1,4 @@
-"""For tests: a host and a guest joined in memory, without sockets, threads or waiting.
+"""For tests: a host and a guest joined in memory, a server, a conformance kit for devices, and a log of packets.
 
 ::
 
@@ -8,6 +8,9 @@
     assert guest.bulk_in(0x81, 64).data == b"hello"
 """
 
+from ._packet_log import PacketLog
 from ._pair import linked_pair
+from ._server import Server
+from .conformance import ConformanceError, check_device
 
-__all__ = ["linked_pair"]
+__all__ = ["ConformanceError", "PacketLog", "Server", "check_device", "linked_pair"]

@@ -9,6 +9,7 @@ from ..device import UsbDevice
 from ..guest import Guest, GuestCallbacks
 from ..host import Host, HostCallbacks
 from ..limits import Limits
+from ._packet_log import PacketLog
 
 __all__ = ["linked_pair"]
 
@@ -26,6 +27,10 @@ class _Pipe:
         data = b"".join(buffers)
         self._pieces.append(data)
         return len(data)
+
+    def __len__(self) -> int:
+        """Pieces that wait."""
+        return len(self._pieces)
 
     def take(self, count: int) -> bytes | None:
         if not self._pieces:
@@ -71,7 +76,7 @@ class _GuestEnd(GuestCallbacks):
         assert self.host is not None
         self.host.read_guest_data()
         if self.host.device is not None:
-            idle = self.host.has_data_to_write() == 0
+            idle = not self._incoming and self.host.has_data_to_write() == 0
             step = IDLE_STEP if timeout is None else min(timeout, IDLE_STEP)
             self.host.device.handle_events(step if idle else 0)
         self.host.write_guest_data()
@@ -82,15 +87,23 @@ class _GuestEnd(GuestCallbacks):
             self.host.device.wake()
 
 
-def linked_pair(device: UsbDevice | None, *, limits: Limits = Limits()) -> tuple[Host, Guest]:  # noqa: B008 - immutable
+def linked_pair(
+    device: UsbDevice | None,
+    *,
+    limits: Limits = Limits(),  # noqa: B008 - immutable
+    log: PacketLog | None = None,
+) -> tuple[Host, Guest]:
     """A host with *device* and a guest at the two ends of a connection in memory.
 
-    The guest's calls run the host; hello has been exchanged and the device announced. Threads: one.
+    The guest's calls run the host; hello has been exchanged and the device announced. Packets are kept in *log*.
+    Threads: one.
     """
     to_host, to_guest = _Pipe(), _Pipe()
     guest_end = _GuestEnd(to_guest, to_host)
     guest = Guest(guest_end, limits=limits)
     host_end = _HostEnd(to_host, to_guest)
+    if log is not None:
+        log.attach(host_end)
     host = Host(host_end, device, limits=limits)
     guest_end.host = host_end.host = host
     guest.process()

@@ -1,15 +1,17 @@
 """The base of devices written in Python: everything that is the same for every USB device.
 
-A subclass hands descriptors to the constructor and overrides hooks (:meth:`VirtualDevice.data_in`,
-:meth:`~VirtualDevice.data_out`, :meth:`~VirtualDevice.control_request`). Standard requests, halts, configurations,
-alternate settings, queues of transfers, timeouts and cancellation are done here.
+A subclass declares what it is (:mod:`usbredir.virtual.description`), overrides hooks (:meth:`VirtualDevice.data_in`,
+:meth:`~VirtualDevice.data_out`) and answers requests with methods (:mod:`usbredir.virtual.control`). Standard
+requests, halts, configurations, alternate settings, streams, queues of transfers, intervals, timeouts and
+cancellation are done here.
 
-How data flows: a host submits transfers from any thread; they wait in a queue per endpoint. ``handle_events``
-asks the hooks, in order of submission, and completes what they answer; isochronous transfers when their time is over.
-A hook that answers ``Answer.NAK`` is asked again at the next progress: after any other transfer, after
-:meth:`VirtualDevice.notify`, or when a time set with :meth:`VirtualDevice.call_later` has come.
+How data flows: a host submits transfers from any thread; they wait in a queue per endpoint, or per stream.
+``handle_events`` asks the hooks, in order of submission, and completes what they answer; isochronous transfers when
+their time is over, interrupt transfers at most once per interval. A hook that answers NAK is asked again at the next
+progress: after any other transfer, after :meth:`VirtualDevice.notify`, or when a time set with
+:meth:`VirtualDevice.call_later` has come.
 
-Source: USB 2.0, chapters 8 and 9.
+Source: USB 2.0, chapters 5, 8 and 9; USB 3.2, 8.12.1.4 for streams.
 """
 
 from __future__ import annotations
@@ -22,40 +24,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, ClassVar, TypeVar
 
-from ..descriptors import (
-    DescriptorType,
-    Endpoint,
-    Interface,
-    parse_configuration,
-    string_descriptor,
-)
+from ..descriptors import Endpoint, Interface, interval_seconds, max_packet_size, parse_configuration
 from ..device import IsoResult, Transfer
 from ..errors import DeviceLostError
 from ..proto import Speed, Status, TransferType
+from .control import NAK, STALL, Answer, Payload, Setup, declared_requests
+from .description import Declaration
 
-__all__ = ["Answer", "Setup", "VirtualDevice"]
+__all__ = ["VirtualDevice"]
 
-Payload = bytes | bytearray | memoryview
-
-
-class Answer(Enum):
-    """What a hook answers in place of data."""
-
-    NAK = "nothing now, ask again"
-    STALL = "no"
-
-
-class Setup(NamedTuple):
-    """The setup packet of a control request (USB 2.0, 9.3). *length* is the data stage's, in bytes."""
-
-    request_type: int
-    request: int
-    value: int
-    index: int  # type: ignore[assignment]  # the specification's name; hides tuple.index
-    length: int
+Device = TypeVar("Device", bound="VirtualDevice")
 
 
 class StandardRequest:
@@ -76,43 +57,45 @@ POLLIN = 1
 ENDPOINT_HALT = 0
 REMOTE_WAKEUP = 1
 CONFIGURATION_SELF_POWERED = 0x40
-LANGUAGE_ENGLISH = 0x0409
+CONFIGURATION_REMOTE_WAKEUP = 0x20
+STREAM_SHIFT = 8
+"""A queue has a number: the endpoint's address, and above it the stream."""
 
-# One request at a time goes through a hook; the rest waits in order.
-Hook = Callable[[Transfer], Payload | Answer | None]
 
-
-class VirtualDevice:
+class VirtualDevice(Declaration):
     """A USB device made of Python code.
 
     Args:
-        speed: speed on the bus.
-        device_descriptor: 18 bytes.
-        configurations: whole configuration descriptors; the first one is active at the start.
-        strings: string descriptors by index.
-        bos: the BOS descriptor, or None.
+        speed: speed on the bus; None: the declared one.
         clock: seconds, monotonic.
 
-    Hooks run one at a time, most in the thread that runs :meth:`handle_events`, those that follow a request
-    of the host (reset, alternate settings, cleared halts) in the thread that makes it.
-    Threads: submit, cancel, notify, wake and unplug from any; otherwise as in :class:`~usbredir.device.UsbDevice`.
+    Raises ValueError when the declaration is one that USB forbids at this speed.
+
+    A context manager that closes the device. Hooks run one at a time, most in the thread that runs
+    :meth:`handle_events`, those that follow a request of the host (reset, alternate settings, cleared halts) in
+    the thread that makes it.
+    Threads: submit, cancel, notify, send, wake and unplug from any; otherwise as in
+    :class:`~usbredir.device.UsbDevice`.
     """
 
-    def __init__(
-        self,
-        *,
-        speed: Speed = Speed.HIGH,
-        device_descriptor: bytes,
-        configurations: Sequence[bytes],
-        strings: Mapping[int, str] | None = None,
-        bos: bytes | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._speed = speed
-        self._device_descriptor = device_descriptor
-        self._configurations = {parse_configuration(raw).value: raw for raw in configurations}
-        self._strings = dict(strings or {})
-        self._bos = bos
+    send_limit: int = 1024
+    """Messages of :meth:`send` that wait for the host, on each endpoint."""
+
+    stream: int = 0
+    """While a data hook runs: the bulk stream (USB 3) that it is asked for, 0 for none."""
+
+    _requests: ClassVar[Mapping[tuple[int, int], str]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._requests = declared_requests(cls)
+
+    def __init__(self, *, speed: Speed | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        if speed is not None:
+            self.speed = speed
+        self._description = self.describe(self.speed)
+        self._check_answers()
+        self._configurations = {parse_configuration(raw).value: raw for raw in self._description.configurations}
         self._clock = clock
         self._condition = threading.Condition()
         self._turn = threading.RLock()  # held by the thread that handles events
@@ -128,8 +111,11 @@ class VirtualDevice:
         self._queues: dict[int, deque[Transfer]] = {}
         self._deadlines: dict[Transfer, float] = {}
         self._queued: dict[Transfer, float] = {}  # when isochronous transfers came
-        self._due: dict[Transfer, float] = {}  # when those of them that are first in their queue are due
-        self._last_due: dict[int, float] = {}  # when the last one of an endpoint was
+        self._due: dict[Transfer, float] = {}  # when periodic ones that are first in their queue are due
+        self._last_due: dict[int, float] = {}  # when the last isochronous one of an endpoint was
+        self._next_slot: dict[int, float] = {}  # when an interrupt endpoint is polled next
+        self._outbox: dict[int, deque[Payload]] = {}  # of send, guarded by the condition
+        self._streams: dict[int, int] = {}  # streams allocated, by endpoint
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._halted: set[int] = set()
@@ -138,30 +124,61 @@ class VirtualDevice:
         self._alternates: dict[int, int] = {}
         self._endpoints: dict[int, Endpoint] = {}
         self._find_endpoints()
+        self.began()
+
+    def _check_answers(self) -> None:
+        """A request has one answer."""
+        for request_type, request, *_ in self._description.answers:
+            method = self._requests.get((request_type, request))
+            if method is not None:
+                raise ValueError(f"request 0x{request:02x} (0x{request_type:02x}) has an answer beside method {method}")
 
     # ------------------------------------------------------------ hooks
 
-    def control_request(self, setup: Setup, data: bytes) -> Payload | Answer:
-        """A class or vendor request. *data* is the OUT data stage; the result is the IN data stage."""
-        return Answer.STALL
+    def began(self) -> None:
+        """The device starts: at the end of the constructor, after every bus reset and change of configuration.
+
+        Here is the place for everything that such a start forgets.
+        """
+
+    def control_request(self, setup: Setup, data: bytes) -> Payload | Answer | None:
+        """A class or vendor request that no method was declared for.
+
+        *data* is the OUT data stage; the result is the IN data stage, None for an OUT request that is accepted.
+        """
+        return STALL
+
+    def standard_request(self, setup: Setup, data: bytes) -> Payload | Answer | None:
+        """A standard request (USB 2.0, 9.4); answered by the base, for devices that differ."""
+        return self._standard_request(setup)
 
     def data_in(self, endpoint: int, length: int) -> Payload | Answer:
         """Data for an IN transfer of *length* bytes on a bulk, interrupt or isochronous endpoint.
 
-        Fewer bytes end the transfer early; more are a babble. STALL halts the endpoint.
+        Fewer bytes end the transfer early; more are a babble. STALL halts the endpoint. By default it gives what
+        :meth:`send` was given: a message ends a transfer, and what does not fit into one goes into the next.
         """
-        return Answer.NAK
+        waiting = self._outbox.get(endpoint)
+        if not waiting:
+            return NAK
+        message = waiting.popleft()
+        if len(message) > length:
+            waiting.appendleft(memoryview(message)[length:])
+            message = message[:length]
+        return message
 
     def data_out(self, endpoint: int, data: bytes | bytearray | memoryview) -> Answer | None:
         """Data of an OUT transfer. None accepts it. STALL halts the endpoint."""
         return None
 
     def packet_period(self, endpoint: int) -> float:
-        """Seconds that a packet of an isochronous endpoint takes; 0: transfers complete as fast as they are submitted.
+        """Seconds that a packet of an interrupt or isochronous endpoint takes; by default the declared interval.
 
-        A transfer completes when the time of its last packet is over, and only then the data hooks are asked.
+        0: transfers complete as fast as they are submitted. An isochronous transfer completes when the time of its
+        last packet is over, and only then the data hooks are asked. Interrupt endpoints move at most one packet
+        per period; data that come after a pause go at once.
         """
-        return 0.0
+        return self._periods.get(endpoint, 0.0)
 
     def halt_cleared(self, endpoint: int) -> None:
         """The host cleared the halt of *endpoint*."""
@@ -169,10 +186,32 @@ class VirtualDevice:
     def alternate_selected(self, interface: int, alternate: int) -> None:
         """The host selected an alternate setting."""
 
-    def was_reset(self) -> None:
-        """The bus was reset, or the configuration changed: forget everything under way."""
-
     # ------------------------------------------------------------ for subclasses
+
+    def send(self, endpoint: int, data: Payload) -> bool:
+        """Queue a message that the next transfers of an IN endpoint get, for devices without a data_in of their own.
+
+        False: it was not queued, because ``send_limit`` messages wait already, or because the endpoint is in no
+        alternate setting that is selected, or because the device is gone. Raises ValueError for an endpoint that
+        is never there. Threads: any.
+        """
+        with self._condition:
+            if endpoint not in self._endpoints or not endpoint & 0x80:
+                self._check_sender(endpoint)
+                return False
+            if self._gone or self._closed:
+                return False
+            waiting = self._outbox.setdefault(endpoint, deque())
+            if len(waiting) >= self.send_limit:
+                return False
+            waiting.append(bytes(data))
+            self._signal()
+        return True
+
+    def _check_sender(self, endpoint: int) -> None:
+        everywhere = {e.address for raw in self._configurations.values() for e in _endpoints_of(raw)}
+        if endpoint not in everywhere or not endpoint & 0x80:
+            raise ValueError(f"the device has no IN endpoint 0x{endpoint:02x}")
 
     def notify(self) -> None:
         """Something changed: hooks that answered NAK are asked again."""
@@ -203,14 +242,9 @@ class VirtualDevice:
     # ------------------------------------------------------------ UsbDevice: description
 
     @property
-    def speed(self) -> Speed:
-        """Speed on the bus."""
-        return self._speed
-
-    @property
     def device_descriptor(self) -> bytes:
         """The device descriptor, 18 bytes."""
-        return self._device_descriptor
+        return self._description.device
 
     @property
     def configuration_descriptor(self) -> bytes | None:
@@ -221,6 +255,11 @@ class VirtualDevice:
     def lost(self) -> bool:
         """Whether :meth:`unplug` was called."""
         return self._gone
+
+    @property
+    def remote_wakeup_enabled(self) -> bool:
+        """Whether the host allows the device to wake it."""
+        return self._remote_wakeup
 
     # ------------------------------------------------------------ UsbDevice: control
 
@@ -250,7 +289,9 @@ class VirtualDevice:
         with self._hooks:
             self._alternates[interface] = alt
             self._find_endpoints()
-            self._halted -= {e.address for e in self._endpoints.values() if e.interface == interface}
+            own = {e.address for e in self._endpoints.values() if e.interface == interface}
+            self._halted -= own
+            self._streams = {e: count for e, count in self._streams.items() if e in self._endpoints and e not in own}
             self.alternate_selected(interface, alt)
         return Status.SUCCESS
 
@@ -271,12 +312,22 @@ class VirtualDevice:
         return Status.SUCCESS
 
     def alloc_streams(self, endpoints: Sequence[int], count: int) -> tuple[int, int]:
-        """Virtual devices have no bulk streams."""
-        return Status.IOERROR, 0
+        """Allocate bulk streams 1 to *count* on endpoints, or as many as each of them has."""
+        self._check_present()
+        limits = [self._endpoints[e].max_streams if e in self._endpoints else 0 for e in endpoints]
+        granted = min(count, *limits) if limits else 0
+        if granted < 1:
+            return Status.IOERROR, 0
+        self._streams |= dict.fromkeys(endpoints, granted)
+        return Status.SUCCESS, granted
 
     def free_streams(self, endpoints: Sequence[int]) -> int:
-        """Virtual devices have no bulk streams."""
-        return Status.IOERROR
+        """Free the bulk streams of endpoints."""
+        self._check_present()
+        if not endpoints or not self._streams.keys() >= set(endpoints):
+            return Status.IOERROR
+        self._streams = {e: count for e, count in self._streams.items() if e not in endpoints}
+        return Status.SUCCESS
 
     def _check_present(self) -> None:
         if self._gone:
@@ -287,8 +338,13 @@ class VirtualDevice:
             if not keep_alternates:
                 self._alternates.clear()
             self._halted.clear()
+            self._remote_wakeup = False
+            self._streams = {}
+            self._next_slot.clear()
+            with self._condition:
+                self._outbox.clear()
             self._find_endpoints()
-            self.was_reset()
+            self.began()
         self.notify()
 
     def _interfaces(self) -> Sequence[Interface]:
@@ -303,6 +359,7 @@ class VirtualDevice:
             if self._alternates.get(interface.number, 0) == interface.alternate
             for endpoint in interface.endpoints
         }
+        self._periods = {e.address: interval_seconds(e, self.speed) for e in self._endpoints.values()}
 
     # ------------------------------------------------------------ UsbDevice: transfers
 
@@ -314,9 +371,16 @@ class VirtualDevice:
                 return Status.IOERROR
             if transfer.kind is not TransferType.CONTROL and transfer.endpoint not in self._endpoints:
                 return Status.IOERROR
+            if self._streams and not self._has_stream(transfer):
+                return Status.INVAL
             self._submitted.append(transfer)
             self._signal()
         return Status.SUCCESS
+
+    def _has_stream(self, transfer: Transfer) -> bool:
+        """An endpoint with streams takes nothing else; one without does not look at the stream."""
+        allocated = self._streams.get(transfer.endpoint)
+        return allocated is None or 1 <= transfer.stream_id <= allocated
 
     def cancel(self, transfer: Transfer) -> None:
         """Ask for an early end; the transfer completes inside handle_events."""
@@ -376,6 +440,8 @@ class VirtualDevice:
 
     def _enqueue(self, transfer: Transfer) -> None:
         key = 0 if transfer.kind is TransferType.CONTROL else transfer.endpoint
+        if transfer.stream_id and key in self._streams:
+            key |= transfer.stream_id << STREAM_SHIFT
         self._queues.setdefault(key, deque()).append(transfer)
         if transfer.timeout:
             self._deadlines[transfer] = self._clock() + transfer.timeout
@@ -419,6 +485,14 @@ class VirtualDevice:
         for end in sockets or ():
             end.close()
 
+    def __enter__(self: Device) -> Device:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _run_timers(self) -> bool:
         """Run what is due; True when hooks are to be asked again."""
         ran = False
@@ -431,6 +505,7 @@ class VirtualDevice:
         if self._deadlines:
             late = {transfer for transfer, deadline in self._deadlines.items() if deadline <= now}
             self._end(late.__contains__, Status.TIMEOUT)
+            ran = ran or bool(late)  # others are the first of their queues now
         return ran or any(due <= now for due in self._due.values())
 
     # ------------------------------------------------------------ progress
@@ -442,26 +517,29 @@ class VirtualDevice:
         cannot keep its caller for ever. Rounds go on while other endpoints' answers changed.
         """
         progress = False
-        for endpoint, queue in list(self._queues.items()):
+        for key, queue in list(self._queues.items()):
             for _ in range(len(queue)):
+                self.stream = key >> STREAM_SHIFT
                 # A completion may have handled events itself, and emptied the queue.
-                if not queue or not self._ask_hook(endpoint, queue):
+                if not queue or not self._ask_hook(queue):
                     break
                 progress = True
+            if key >> STREAM_SHIFT and not self._queues.get(key):  # there may be many streams
+                self._queues.pop(key, None)
         if progress and any(self._queues.values()):
             self.notify()  # a NAK may have become an answer
 
-    def _ask_hook(self, endpoint: int, queue: deque[Transfer]) -> bool:
-        """Ask about the first transfer of an endpoint; True when it completed."""
+    def _ask_hook(self, queue: deque[Transfer]) -> bool:
+        """Ask about the first transfer of a queue; True when it completed."""
         transfer = queue[0]
         with self._hooks:
             answer = self._answer(transfer)
-            if answer is Answer.NAK:
+            if answer is NAK:
                 return False
-            if answer is Answer.STALL and transfer.kind is not TransferType.CONTROL:
-                self.halt(endpoint)
+            if answer is STALL and transfer.kind is not TransferType.CONTROL:
+                self.halt(transfer.endpoint)
         queue.popleft()
-        if answer is Answer.STALL:
+        if answer is STALL:
             self._complete(transfer, Status.STALL)
         elif answer is None:
             self._complete(transfer, Status.SUCCESS, transfer.length)
@@ -473,9 +551,14 @@ class VirtualDevice:
         if transfer.kind is TransferType.CONTROL:
             return self._control(transfer)
         if transfer.endpoint in self._halted:
-            return Answer.STALL
+            return STALL
         if transfer.kind is TransferType.ISO:
-            return self._iso(transfer) if self._is_due(transfer) else Answer.NAK
+            return self._iso(transfer) if self._is_due(transfer) else NAK
+        if transfer.kind is TransferType.INTERRUPT:
+            return self._poll_interrupt(transfer)
+        return self._ask_data(transfer)
+
+    def _ask_data(self, transfer: Transfer) -> Payload | Answer | None:
         if transfer.endpoint & 0x80:
             return self.data_in(transfer.endpoint, transfer.length)
         return self.data_out(transfer.endpoint, transfer.data)
@@ -502,6 +585,30 @@ class VirtualDevice:
         self._last_due[endpoint] = self._due[transfer]
         return True
 
+    def _poll_interrupt(self, transfer: Transfer) -> Payload | Answer | None:
+        """One transfer when its endpoint is polled next; every packet takes a period."""
+        endpoint = transfer.endpoint
+        waited = self._due.pop(transfer, None) is not None
+        period = self.packet_period(endpoint)
+        if not period:
+            return self._ask_data(transfer)
+        now, slot = self._clock(), self._next_slot.get(endpoint, 0.0)
+        if now < slot:
+            self._due[transfer] = slot
+            return NAK
+        answer = self._ask_data(transfer)
+        if not isinstance(answer, Answer):
+            # The rhythm stays when events are handled a little late.
+            start = slot if waited and now < slot + period else now
+            self._next_slot[endpoint] = start + period * self._packets_of(endpoint, transfer.length, answer)
+        return answer
+
+    def _packets_of(self, endpoint: int, length: int, answer: Payload | None) -> int:
+        """How many packets an interrupt transfer took: *length* bytes out, or *answer* in."""
+        declared = self._endpoints.get(endpoint)
+        size = max_packet_size(declared, self.speed) if declared is not None else 0
+        return max(1, -(-(length if answer is None else len(answer)) // max(1, size)))
+
     def _iso(self, transfer: Transfer) -> Payload | Answer | None:
         """One hook call per packet; a NAK is an empty packet."""
         results = []
@@ -509,14 +616,14 @@ class VirtualDevice:
             for length in transfer.iso_lengths:
                 answer = self.data_in(transfer.endpoint, length)
                 if isinstance(answer, Answer):
-                    results.append(IsoResult(Status.SUCCESS if answer is Answer.NAK else Status.STALL))
+                    results.append(IsoResult(Status.SUCCESS if answer is NAK else Status.STALL))
                 else:
                     status = Status.SUCCESS if len(answer) <= length else Status.BABBLE
                     results.append(IsoResult(status, answer[:length]))
         else:
             view, offset = memoryview(transfer.data), 0
             for length in transfer.iso_lengths:
-                stalled = self.data_out(transfer.endpoint, view[offset : offset + length]) is Answer.STALL
+                stalled = self.data_out(transfer.endpoint, view[offset : offset + length]) is STALL
                 results.append(IsoResult(Status.STALL if stalled else Status.SUCCESS))
                 offset += length
         transfer.iso_results = results
@@ -527,6 +634,7 @@ class VirtualDevice:
             self._deadlines.pop(transfer, None)
         if transfer.kind is TransferType.ISO:
             del self._queued[transfer]
+        if self._due:
             self._due.pop(transfer, None)
         if not actual_length and transfer.endpoint & 0x80:
             transfer.data = b""
@@ -555,25 +663,30 @@ class VirtualDevice:
 
     def _control(self, transfer: Transfer) -> Payload | Answer | None:
         setup = Setup(*transfer.setup, transfer.length)
-        if setup.request_type & 0x60:
-            answer = self.control_request(setup, bytes(transfer.data))
-        else:
-            answer = self._standard_request(setup)
+        data = bytes(transfer.data)
+        answer = self._own_request(setup, data) if setup.request_type & 0x60 else self.standard_request(setup, data)
         if isinstance(answer, Answer):
             return answer
         # The host's data stage is as long as asked for; a device may send less, never more.
-        return answer[: setup.length] if transfer.endpoint & 0x80 else None
+        return (answer or b"")[: setup.length] if transfer.endpoint & 0x80 else None
+
+    def _own_request(self, setup: Setup, data: bytes) -> Payload | Answer | None:
+        """A class or vendor request: to its method, if there is one."""
+        name = self._requests.get((setup.request_type, setup.request))
+        if name is not None:
+            method: Callable[..., Payload | Answer | None] = getattr(self, name)
+            return method(setup) if setup.request_type & 0x80 else method(setup, data)
+        constant = self._description.answers.get(setup[:4])
+        return self.control_request(setup, data) if constant is None else constant
 
     def _standard_request(self, setup: Setup) -> Payload | Answer:
         recipient = setup.request_type & 0x1F
         match setup.request, recipient:
             case StandardRequest.GET_DESCRIPTOR, 0:
-                return self.descriptor(setup.value >> 8, setup.value & 0xFF)
-            case StandardRequest.GET_DESCRIPTOR, 1:
-                return self.interface_descriptor(setup.index, setup.value >> 8, setup.value & 0xFF)
+                found = self._description.descriptor(setup.value >> 8, setup.value & 0xFF)
+                return STALL if found is None else found
             case StandardRequest.GET_STATUS, 0:
-                raw = self.configuration_descriptor
-                self_powered = bool(raw and raw[7] & CONFIGURATION_SELF_POWERED)
+                self_powered = bool(self._attributes() & CONFIGURATION_SELF_POWERED)
                 return bytes((self_powered | self._remote_wakeup << 1, 0))
             case StandardRequest.GET_STATUS, 1:
                 return b"\0\0"
@@ -587,11 +700,16 @@ class VirtualDevice:
                 return self._feature(setup, recipient)
             case ((StandardRequest.SET_SEL | StandardRequest.SET_ISOCH_DELAY), 0):
                 return b""
-        return Answer.STALL
+        return self._description.answers.get(setup[:4], STALL)
+
+    def _attributes(self) -> int:
+        """bmAttributes of the active configuration."""
+        raw = self.configuration_descriptor
+        return raw[7] if raw else 0
 
     def _feature(self, setup: Setup, recipient: int) -> Payload | Answer:
         on = setup.request == StandardRequest.SET_FEATURE
-        if recipient == 0 and setup.value == REMOTE_WAKEUP:
+        if recipient == 0 and setup.value == REMOTE_WAKEUP and self._attributes() & CONFIGURATION_REMOTE_WAKEUP:
             self._remote_wakeup = on
             return b""
         if recipient == 2 and setup.value == ENDPOINT_HALT and setup.index & 0x8F in self._endpoints:
@@ -602,24 +720,8 @@ class VirtualDevice:
             return b""
         if recipient == 1:  # function suspend and the like: nothing to do
             return b""
-        return Answer.STALL
+        return STALL
 
-    def descriptor(self, kind: int, index: int) -> Payload | Answer:
-        """A descriptor of the device (USB 2.0, 9.4.3), or STALL."""
-        match kind:
-            case DescriptorType.DEVICE:
-                return self._device_descriptor
-            case DescriptorType.CONFIGURATION:
-                raws = list(self._configurations.values())
-                return raws[index] if index < len(raws) else Answer.STALL
-            case DescriptorType.STRING:
-                if index == 0:
-                    return bytes((4, DescriptorType.STRING)) + LANGUAGE_ENGLISH.to_bytes(2, "little")
-                return string_descriptor(self._strings[index]) if index in self._strings else Answer.STALL
-            case DescriptorType.BOS:
-                return self._bos if self._bos is not None else Answer.STALL
-        return Answer.STALL
 
-    def interface_descriptor(self, interface: int, kind: int, index: int) -> Payload | Answer:
-        """A descriptor of an interface, such as a HID report descriptor; default STALL."""
-        return Answer.STALL
+def _endpoints_of(configuration: bytes) -> list[Endpoint]:
+    return [e for interface in parse_configuration(configuration).interfaces for e in interface.endpoints]

@@ -5,7 +5,8 @@ The device is 1209:0001, release 0x1234. Configuration 1:
 =========  =============================================================================================
 interface  endpoints
 =========  =============================================================================================
-0          0x01 / 0x81 bulk loopback: an OUT transfer is a message; a too small IN transfer babbles
+0          0x01 / 0x81 bulk loopback: an OUT transfer is a message; a too small IN transfer babbles; at super
+           speed one loop for each of 16 streams
            0x02 bulk sink, 0x82 bulk source (a pattern that begins with an 8-byte transfer counter)
            0x03 interrupt sink, 0x83 interrupt source (an 8-byte counter, one per period)
            0x85 bulk IN that stalls; after its halt is cleared one transfer succeeds, then it stalls again
@@ -25,27 +26,18 @@ from __future__ import annotations
 
 import struct
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 
-from ..descriptors import (
-    Configuration,
-    DeviceDescriptor,
-    Endpoint,
-    Interface,
-    build_configuration,
-    max_packet_size,
-)
+from ..descriptors import max_packet_size
 from ..device import Transfer
 from ..proto import Speed
-from .base import Answer, Payload, Setup, VirtualDevice
+from .base import VirtualDevice
+from .control import NAK, STALL, Answer, Payload, Setup, vendor_in, vendor_out
+from .declare import bulk_in, bulk_out, configuration, interface, interrupt_in, interrupt_out, iso_in, iso_out
 
 __all__ = ["LoopbackDevice"]
 
-VENDOR_ID = 0x1209
-PRODUCT_ID = 0x0001
-
-BULK, INTERRUPT, ISO = 2, 3, 1
 LOOP_OUT, LOOP_IN = 0x01, 0x81
 SINK, SOURCE = 0x02, 0x82
 INTERRUPT_SINK, INTERRUPT_SOURCE = 0x03, 0x83
@@ -53,23 +45,50 @@ ISO_OUT, ISO_IN = 0x04, 0x84
 STALLING, SILENT = 0x85, 0x86
 
 MAX_MESSAGES = 256
-"""Messages that wait in the loopback before OUT transfers are held back."""
+"""Messages that wait in the loopback, for each stream, before OUT transfers are held back."""
 COUNTERS = ("iso_packets", "iso_bytes", "sink_bytes", "interrupts", "resets", "cancelled", "submitted")
 PATTERN = bytes(range(256)) * 256
 
-IN_REQUEST, OUT_REQUEST = 0xC0, 0x40
-BULK_SIZES = {Speed.LOW: 8, Speed.FULL: 64, Speed.HIGH: 512, Speed.SUPER: 1024}
+STREAMS = 16
+WIDE = {Speed.FULL: 1023, Speed.HIGH: 3 * 1024, Speed.SUPER: 3 * 1024}
+"""Bytes per interval of the second alternate setting."""
 
 
 class LoopbackDevice(VirtualDevice):
     """The device of this module's description.
 
     Args:
-        speed: high unless told otherwise.
+        speed: full, high or super; high unless told otherwise.
         interrupt_period: seconds between two packets of the interrupt source; 0: as fast as they are asked for.
         iso_period: the same for the isochronous endpoints.
         serial: serial number.
+
+    Raises ValueError at low speed, which has neither bulk nor isochronous endpoints.
     """
+
+    vendor_id, product_id, device_version = 0x1209, 0x0001, 0x1234
+    device_class = 0xFF
+    product = "Loopback"
+
+    _loop = bulk_out(LOOP_OUT, max_streams=STREAMS), bulk_in(LOOP_IN, max_streams=STREAMS)
+    configurations = (
+        configuration(
+            interface(
+                0xFF,
+                *_loop,
+                bulk_out(SINK, max_streams=STREAMS),
+                bulk_in(SOURCE, max_streams=STREAMS),
+                interrupt_out(INTERRUPT_SINK, 64, interval=4),
+                interrupt_in(INTERRUPT_SOURCE, 64, interval=4),
+                bulk_in(STALLING, max_streams=STREAMS),
+                bulk_in(SILENT, max_streams=STREAMS),
+            ),
+            interface(0xFF),
+            interface(0xFF, iso_out(ISO_OUT, 1023, interval=1), iso_in(ISO_IN, 1023, interval=1), alternate=1),
+            interface(0xFF, iso_out(ISO_OUT, WIDE, interval=1), iso_in(ISO_IN, WIDE, interval=1), alternate=2),
+        ),
+        configuration(interface(0xFF, *_loop)),
+    )
 
     def __init__(
         self,
@@ -80,47 +99,27 @@ class LoopbackDevice(VirtualDevice):
         serial: str = "LOOP0001",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(
-            speed=speed,
-            device_descriptor=DeviceDescriptor(
-                usb_bcd=0x0320 if speed is Speed.SUPER else 0x0200,
-                device_class=0xFF,
-                device_subclass=0,
-                device_protocol=0,
-                max_packet_size0=9 if speed is Speed.SUPER else 64,
-                vendor_id=VENDOR_ID,
-                product_id=PRODUCT_ID,
-                device_version_bcd=0x1234,
-                manufacturer_index=1,
-                product_index=2,
-                serial_index=3,
-                configurations=2,
-            ).to_bytes(),
-            configurations=[build_configuration(c) for c in _configurations(speed)],
-            strings={1: "usbredir", 2: "Loopback", 3: serial},
-            clock=clock,
-        )
+        self.serial = serial
+        self.usb_version = 0x0320 if speed is Speed.SUPER else 0x0200
         self._interrupt_period = interrupt_period
         self._iso_period = iso_period
         self.counters = dict.fromkeys(COUNTERS, 0)
+        self.counters["resets"] = -1  # the start is none
         self._stored = b""
-        self._begin()
+        super().__init__(speed=speed, clock=clock)
 
-    def _begin(self) -> None:
-        self._messages: deque[bytes] = deque()
+    # ------------------------------------------------------------ hooks
+
+    def began(self) -> None:
+        """Counters and what is stored stay, everything else starts anew."""
+        self.counters["resets"] += 1
+        self._messages: defaultdict[int, deque[bytes]] = defaultdict(deque)  # by stream
         self._sourced = 0
         self._iso_sourced = 0
         self._interrupts = 0
         self._interrupt_due = False
         self._interrupt_timer = False
         self._may_succeed = False
-
-    # ------------------------------------------------------------ hooks
-
-    def was_reset(self) -> None:
-        """Counters stay, everything else starts anew."""
-        self.counters["resets"] += 1
-        self._begin()
 
     def submit(self, transfer: Transfer) -> int:
         """Count, then queue the transfer."""
@@ -133,13 +132,13 @@ class LoopbackDevice(VirtualDevice):
         super().cancel(transfer)
 
     def packet_period(self, endpoint: int) -> float:
-        """Microframes, unless told otherwise."""
-        return self._iso_period
+        """Isochronous packets as told; interrupts are paced by their source."""
+        return self._iso_period if endpoint in (ISO_IN, ISO_OUT) else 0.0
 
     def alternate_selected(self, interface: int, alternate: int) -> None:
         """Remember how long isochronous packets are."""
         if interface == 1 and alternate:
-            self._max_iso_packet = max_packet_size(self._endpoints[ISO_IN], self._speed)
+            self._max_iso_packet = max_packet_size(self._endpoints[ISO_IN], self.speed)
 
     def halt_cleared(self, endpoint: int) -> None:
         """The stalling endpoint may succeed once."""
@@ -150,7 +149,8 @@ class LoopbackDevice(VirtualDevice):
         """One IN transfer."""
         match endpoint:
             case 0x81:
-                return self._messages.popleft() if self._messages else Answer.NAK
+                messages = self._messages[self.stream]
+                return messages.popleft() if messages else NAK
             case 0x82:
                 self._sourced += 1
                 return _pattern(self._sourced - 1, length)
@@ -158,19 +158,20 @@ class LoopbackDevice(VirtualDevice):
                 return self._interrupt()
             case 0x85:
                 allowed, self._may_succeed = self._may_succeed, False
-                return PATTERN[:length] if allowed else Answer.STALL
+                return PATTERN[:length] if allowed else STALL
             case 0x84:
                 self._iso_sourced += 1
                 return _pattern(self._iso_sourced - 1, min(length, self._max_iso_packet))
-        return Answer.NAK
+        return NAK
 
     def data_out(self, endpoint: int, data: Payload) -> Answer | None:
         """One OUT transfer."""
         match endpoint:
             case 0x01:
-                if len(self._messages) >= MAX_MESSAGES:
-                    return Answer.NAK
-                self._messages.append(bytes(data))
+                messages = self._messages[self.stream]
+                if len(messages) >= MAX_MESSAGES:
+                    return NAK
+                messages.append(bytes(data))
             case 0x02:
                 self.counters["sink_bytes"] += len(data)
             case 0x03:
@@ -180,28 +181,39 @@ class LoopbackDevice(VirtualDevice):
                 self.counters["iso_bytes"] += len(data)
         return None
 
-    def control_request(self, setup: Setup, data: bytes) -> Payload | Answer:
-        """The vendor requests."""
-        match setup.request_type, setup.request:
-            case 0xC0, 0x01:
-                return bytes((setup.value + i) & 0xFF for i in range(setup.length))
-            case 0xC0, 0x03:
-                return self._stored
-            case 0xC0, 0x20:
-                return struct.pack("<8Q", *self.counters.values(), 0)
-            case 0x40, 0x02:
-                self._stored = data
-            case 0x40, 0x10:
-                self.call_later(setup.value / 1000, self.unplug)
-            case 0x40, 0x11:
-                self.halt(setup.index & 0xFF)
-            case 0x40, 0x12:
-                self._interrupt_period = setup.value / 1e6
-            case 0x40, 0x13:
-                self._iso_period = setup.value / 1e6
-            case _:
-                return Answer.STALL
-        return b""
+    # ------------------------------------------------------------ vendor requests
+
+    @vendor_in(0x01)
+    def _pattern(self, setup: Setup) -> bytes:
+        return bytes((setup.value + i) & 0xFF for i in range(setup.length))
+
+    @vendor_out(0x02)
+    def _store(self, setup: Setup, data: bytes) -> None:
+        self._stored = data
+
+    @vendor_in(0x03)
+    def _fetch(self, setup: Setup) -> bytes:
+        return self._stored
+
+    @vendor_in(0x20)
+    def _count(self, setup: Setup) -> bytes:
+        return struct.pack("<8Q", *self.counters.values(), 0)
+
+    @vendor_out(0x10)
+    def _unplug(self, setup: Setup, data: bytes) -> None:
+        self.call_later(setup.value / 1000, self.unplug)
+
+    @vendor_out(0x11)
+    def _halt(self, setup: Setup, data: bytes) -> None:
+        self.halt(setup.index & 0xFF)
+
+    @vendor_out(0x12)
+    def _set_interrupt_period(self, setup: Setup, data: bytes) -> None:
+        self._interrupt_period = setup.value / 1e6
+
+    @vendor_out(0x13)
+    def _set_iso_period(self, setup: Setup, data: bytes) -> None:
+        self._iso_period = setup.value / 1e6
 
     # ------------------------------------------------------------ sources
 
@@ -211,7 +223,7 @@ class LoopbackDevice(VirtualDevice):
             if not self._interrupt_timer:
                 self._interrupt_timer = True
                 self.call_later(self._interrupt_period, self._period_is_over)
-            return Answer.NAK
+            return NAK
         self._interrupt_due = False
         self._interrupts += 1
         return struct.pack("<Q", self._interrupts - 1)
@@ -227,38 +239,3 @@ def _pattern(number: int, length: int) -> bytes:
     if length <= len(PATTERN):
         return (data + PATTERN[8:length])[:length]
     return (data + (PATTERN * (length // len(PATTERN) + 1))[8:length])[:length]
-
-
-def _configurations(speed: Speed) -> list[Configuration]:
-    bulk = BULK_SIZES[speed]
-    super_speed = speed is Speed.SUPER
-
-    def endpoint(address: int, kind: int, size: int, interval: int = 0) -> Endpoint:
-        streams = 16 if super_speed and kind == BULK else 0
-        return Endpoint(address, kind, size, interval, companion=super_speed, max_streams=streams)
-
-    loop = (endpoint(LOOP_OUT, BULK, bulk), endpoint(LOOP_IN, BULK, bulk))
-    rest = (
-        endpoint(SINK, BULK, bulk),
-        endpoint(SOURCE, BULK, bulk),
-        endpoint(INTERRUPT_SINK, INTERRUPT, 64, 4),
-        endpoint(INTERRUPT_SOURCE, INTERRUPT, 64, 4),
-        endpoint(STALLING, BULK, bulk),
-        endpoint(SILENT, BULK, bulk),
-    )
-
-    def iso(size: int) -> tuple[Endpoint, ...]:
-        return endpoint(ISO_OUT, ISO, size, 1), endpoint(ISO_IN, ISO, size, 1)
-
-    return [
-        Configuration(
-            1,
-            interfaces=(
-                Interface(0, 0, 0xFF, endpoints=loop + rest),
-                Interface(1, 0, 0xFF),
-                Interface(1, 1, 0xFF, endpoints=iso(1023)),
-                Interface(1, 2, 0xFF, endpoints=iso(0x1400)),
-            ),
-        ),
-        Configuration(2, interfaces=(Interface(0, 0, 0xFF, endpoints=loop),)),
-    ]

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-__all__ = ["BLOCK_SIZE", "Buffer", "FileMedium", "Medium", "MemoryMedium"]
+__all__ = ["BLOCK_SIZE", "Buffer", "FileMedium", "Medium", "MediumSource", "MemoryMedium", "open_medium"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """What carries data. It is not kept beyond the call."""
@@ -54,6 +54,10 @@ class Medium(Protocol):
     def close(self) -> None:
         """Let the medium go. Idempotent; afterwards reads and writes raise OSError."""
         ...
+
+
+MediumSource: TypeAlias = str | os.PathLike[str] | Buffer | Medium
+"""What a medium is made from: a path, the content, or one of one's own."""
 
 
 class FileMedium:
@@ -198,6 +202,15 @@ class MemoryMedium:
     def close(self) -> None:
         """Free the memory. Idempotent."""
         self._content = bytearray()
+
+
+def open_medium(source: MediumSource, *, read_only: bool = False) -> Medium:
+    """A file or block device in place, bytes as a copy, a medium as it is. Raises what these raise."""
+    if isinstance(source, (str, os.PathLike)):
+        return FileMedium(source, read_only)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return MemoryMedium(source, read_only)
+    return source
 
 
 def _open_image(path: str, read_only: bool) -> int:
