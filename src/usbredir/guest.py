@@ -88,11 +88,7 @@ class Guest:
     Every call may raise ConnectionClosed, RemoteProtocolError, and what the callbacks raise; once the connection has
     ended, all calls that wait and all later ones raise what ended it. Calls that need a device raise DeviceLostError
     when there is none. *timeout* is in seconds, None waits for ever.
-    Threads: any, except :meth:`process`, :meth:`close` and what the constructor does: one.
-
-    Attributes:
-        host_version: what the host calls itself, "" before its hello.
-        packets_received: packets that came, of any kind.
+    Threads: any number of callers.
     """
 
     def __init__(
@@ -169,7 +165,7 @@ class Guest:
     def process(self) -> None:
         """Write what is queued and read what has arrived, without waiting, at most 1 MiB of it.
 
-        For an application with a loop of its own; not with ``background``. Threads: one, and no call that waits.
+        For an application with a loop of its own; not with ``background``. Threads: one caller at a time, nobody waiting.
         """
         with self._turn:
             self._wants = None
@@ -200,7 +196,7 @@ class Guest:
     def close(self) -> None:
         """End all calls that wait, with ConnectionClosed, and release what the guest holds. Idempotent.
 
-        The stream is the application's to close. Threads: any, but not the reader's (a callback of a future).
+        The stream is the application's to close. Threads: any number of callers, but no callback of a future.
         """
         self._closed = True
         self._exchange.fail(ConnectionClosed("the guest was closed"))
