@@ -272,6 +272,14 @@ def test_the_device_is_lost_while_a_call_waits(guest: Guest) -> None:
     assert guest.endpoints is None
 
 
+def test_an_idle_device_is_lost(guest: Guest, device: LoopbackDevice) -> None:
+    """Nothing is under way, and it is told all the same."""
+    device.unplug()
+    guest.wait_for_disconnect(PATIENCE)
+    with pytest.raises(DeviceLostError):
+        guest.get_configuration()
+
+
 CALLS: list[Callable[[Guest], object]] = [
     lambda guest: guest.get_configuration(),
     lambda guest: guest.set_configuration(1),

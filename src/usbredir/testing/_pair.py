@@ -75,10 +75,13 @@ class _GuestEnd(GuestCallbacks):
     def wait(self, timeout: float | None, *, writing: bool) -> None:
         assert self.host is not None
         self.host.read_guest_data()
-        if self.host.device is not None:
+        device = self.host.device
+        if device is not None:
             idle = not self._incoming and self.host.has_data_to_write() == 0
             step = IDLE_STEP if timeout is None else min(timeout, IDLE_STEP)
-            self.host.device.handle_events(step if idle else 0)
+            device.handle_events(step if idle else 0)
+            if device.lost and self.host.device is device:  # no transfer may have been there to tell
+                self.host.set_device(None)
         self.host.write_guest_data()
 
     def wake(self) -> None:

@@ -98,9 +98,10 @@ RULES: dict[str, Rule] = {}
 
 
 @dataclass(frozen=True)
-class _Options:
+class _Run:
+    """One call of check_device: what is to be done, and what came of it."""
+
     make_device: Callable[[], UsbDevice]
-    destructive: bool
     avoid: frozenset[int]
     skip: frozenset[str]
     patience: float
@@ -138,24 +139,24 @@ def check_device(
     unknown = set(skip) - set(RULES)
     if unknown:
         raise ValueError(f"no such rule: {', '.join(sorted(unknown))}; the rules are {', '.join(RULES)}")
-    options = _Options(make_device, destructive, frozenset(avoid), frozenset(skip), patience)
+    run = _Run(make_device, frozenset(avoid), frozenset(skip), patience)
     for name, rule in RULES.items():
-        if name in options.skip:
-            options.not_checked[name] = "it is not to be checked"
+        if name in run.skip:
+            run.not_checked[name] = "it is not to be checked"
         elif rule.destructive and not destructive:
-            options.not_checked[name] = "it is destructive"
+            run.not_checked[name] = "it is destructive"
         else:
-            _check_rule(name, rule, options)
-        if name == "interface" and options.findings:
+            _check_rule(name, rule, run)
+        if name == "interface" and run.findings:
             break  # nothing else can be tried
-    if options.findings:
-        raise ConformanceError(getattr(make_device, "__name__", repr(make_device)), options.findings)
-    return Report(tuple(options.passed), options.not_checked)
+    if run.findings:
+        raise ConformanceError(getattr(make_device, "__name__", repr(make_device)), run.findings)
+    return Report(tuple(run.passed), run.not_checked)
 
 
-def _check_rule(name: str, rule: Rule, options: _Options) -> None:
+def _check_rule(name: str, rule: Rule, run: _Run) -> None:
     """Check one rule with a device of its own, in a thread of its own."""
-    bench = Bench(options.make_device(), options.avoid, options.patience)
+    bench = Bench(run.make_device(), run.avoid, run.patience)
     problems: list[tuple[str, str]] = []
     reasons: list[str] = []
 
@@ -176,15 +177,15 @@ def _check_rule(name: str, rule: Rule, options: _Options) -> None:
 
     thread = threading.Thread(target=check, name=f"rule {name}", daemon=True)
     thread.start()
-    thread.join(LIMIT * options.patience)
+    thread.join(LIMIT * run.patience)
     if thread.is_alive():
-        problems.append((bench.doing, f"it did not return within {LIMIT * options.patience:g} s"))
+        problems.append((bench.doing, f"it did not return within {LIMIT * run.patience:g} s"))
     problems += bench.problems
-    options.findings.extend(Finding(name, did, saw) for did, saw in problems)
+    run.findings.extend(Finding(name, did, saw) for did, saw in problems)
     if reasons and not problems:
-        options.not_checked[name] = reasons[0]
+        run.not_checked[name] = reasons[0]
     elif not problems:
-        options.passed.append(name)
+        run.passed.append(name)
 
 
 def _rule(*, destructive: bool = False) -> Callable[[Callable[[Bench], None]], Callable[[Bench], None]]:
@@ -674,8 +675,9 @@ def _submission_from_other_threads(bench: Bench) -> None:
 
     def use() -> None:
         for _ in range(3):
+            stop.wait(STEP)  # so that the other thread is probably waiting
             watched = bench.start_reading()
-            if not watched.done.wait(bench.patience):
+            if not watched.done.wait(bench.patience / 2):  # earlier than the other thread is given up
                 bench.problem("submitted a transfer while another thread was in handle_events(None)", "it never ended")
                 break
         stop.set()
