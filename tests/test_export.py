@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from usbredir.exporter import Connecting, FactorySource, Listening
 from usbredir.guest import Guest
 from usbredir.proto import Speed, Status
 from usbredir.transport import POLLIN, Connection, GuestConnection, connect, listen, poll
-from usbredir.virtual import LoopbackDevice, MassStorage
+from usbredir.virtual import LoopbackDevice
 
 from . import vusb
 from .command_bed import COMMAND, PATIENCE, Outcome, Process, Run, call_main, guest_at, signals  # noqa: F401 - a fixture
@@ -116,22 +117,14 @@ def test_settings() -> None:
     assert (settings.once, settings.wait, settings.unanswered, settings.rules) == (True, True, 7.5, None)
 
 
-def test_virtual_devices_are_made_as_asked_for(tmp_path: Path) -> None:
-    image = tmp_path / "a,b.img"
-    image.write_bytes(bytes(4096))
-    options = parsed("--speed super")
-    for text in (f"disk:{image}", f"disk:{image},ro"):
-        source = _export._source(_export.Wanted("--virtual", text), options)
-        assert isinstance(source, FactorySource)
-        device = source.open()
-        assert isinstance(device, MassStorage)
-        assert device.speed is Speed.SUPER
-        device.close()
-    again = FactorySource(_export._virtual_device("loopback", Speed.FULL))
-    first, second = again.open(), again.open()
+def test_virtual_devices_are_made_as_asked_for() -> None:
+    """Of the kind and speed, a new one each time; which kinds there are is told in test_virtual_kinds."""
+    source = _export._source(_export.Wanted("--virtual", "loopback"), parsed("--speed super"))
+    assert isinstance(source, FactorySource)
+    first, second = source.open(), source.open()
     assert isinstance(first, LoopbackDevice)
     assert first is not second
-    assert (first.speed, again.pollfds(), again.has_news()) == (Speed.FULL, (), False)
+    assert (first.speed, source.pollfds(), source.has_news()) == (Speed.SUPER, (), False)
 
 
 def test_addresses_become_ends() -> None:
@@ -164,6 +157,8 @@ USAGE: list[tuple[tuple[str, ...], str]] = [
     (("--virtual", "disk", *HERE), "disk:FILE"),
     (("--virtual", "disk:", *HERE), "disk:FILE"),
     (("--virtual", "loopback:x", *HERE), "loopback"),
+    (("--virtual", "mouse:x", *HERE), "--virtual mouse:x: use mouse"),
+    (("--virtual", "keyboard", *HERE), "keyboard:TEXT"),
     ((*LOOP, *HERE, "--filter", "nonsense"), "--filter: "),
 ]
 ARGPARSE: list[tuple[tuple[str, ...], str]] = [
@@ -201,6 +196,14 @@ def test_an_image_that_is_missing(run: Run, tmp_path: Path) -> None:
         assert_one_line(outcome, ExitCode.DEVICE)
         assert f"{path}: No such file" in outcome.err
         assert f"truncate -s 64M {path}" in outcome.err
+
+
+def test_without_facedancer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remedy."""
+    monkeypatch.setitem(sys.modules, "facedancer", None)
+    outcome = run("--virtual", "facedancer:my_devices:Mine", *HERE)
+    assert_one_line(outcome, ExitCode.DEVICE)
+    assert "pip install usbredir[facedancer]" in outcome.err
 
 
 @pytest.mark.parametrize("content", [None, b""])

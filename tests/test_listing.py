@@ -76,7 +76,7 @@ def test_the_table(run: Run) -> None:
         ["2-3", "2-1", "18d1:4ee7", "super", cells[3][4], "mtp+adb", "no: permission", "-", "-"],
     ]
     assert cells[3][4].endswith("+vendor specific")
-    assert "virtual: disk:FILE  loopback" in out
+    assert "virtual: disk:FILE[,ro]  loopback" in out
 
 
 def test_json(run: Run) -> None:
@@ -172,4 +172,4 @@ def test_as_a_process() -> None:
         [sys.executable, "-m", "usbredir", "list"], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert finished.returncode == ExitCode.OK, finished.stderr
-    assert "virtual: disk:FILE  loopback" in finished.stdout
+    assert "virtual: disk:FILE[,ro]  loopback" in finished.stdout

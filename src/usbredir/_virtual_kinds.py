@@ -52,6 +52,26 @@ def _only(make: Callable[[Speed], UsbDevice]) -> Callable[[str, Speed], Make]:
     return prepare
 
 
+def _with_file(make: Callable[[str, Speed], UsbDevice]) -> Callable[[str, Speed], Make]:
+    """For a kind whose argument is the path of a file."""
+
+    def prepare(path: str, speed: Speed) -> Make:
+        if not path:
+            raise ValueError
+
+        def open_it() -> UsbDevice:
+            try:
+                return make(path, speed)
+            except OSError as error:
+                raise DeviceError(f"{path}: {error.strerror or error}") from error
+            except ValueError as error:
+                raise DeviceError(f"{path}: {error}") from error
+
+        return open_it
+
+    return prepare
+
+
 def _disk(argument: str, speed: Speed) -> Make:
     from .virtual.mass_storage import MassStorage
 
@@ -71,6 +91,33 @@ def _disk(argument: str, speed: Speed) -> Make:
             ) from error
 
     return make
+
+
+def _cdrom(path: str, speed: Speed) -> UsbDevice:
+    from .virtual.cdrom import Cdrom
+
+    return Cdrom(path, speed=speed)
+
+
+def _audio_source(path: str, speed: Speed) -> UsbDevice:
+    from .virtual.audio import AudioSource
+
+    return AudioSource(path, repeat=True, speed=speed)
+
+
+def _audio_sink(path: str, speed: Speed) -> UsbDevice:
+    from .virtual.audio import AudioSink
+
+    return AudioSink(path, speed=speed)
+
+
+def _facedancer(argument: str, speed: Speed) -> Make:
+    from .virtual.facedancer import load
+
+    module, _, name = argument.partition(":")
+    if not module or not name:
+        raise ValueError
+    return lambda: load(module, name)  # it has a speed of its own
 
 
 def _keyboard(argument: str, speed: Speed) -> Make:
@@ -115,6 +162,12 @@ KINDS: dict[str, Kind] = {
         "serial[:LINK]", "a serial port; programs here open LINK. Without, it sends back what it gets", _serial
     ),
     "keyboard": Kind("keyboard:TEXT", "a keyboard that types TEXT, with a US layout", _keyboard),
+    "cdrom": Kind("cdrom:FILE", "a CD-ROM drive with FILE (an ISO image) in it", _with_file(_cdrom)),
+    "audio-source": Kind(
+        "audio-source:FILE", "a microphone that hears FILE (WAV, 16 bit) again and again", _with_file(_audio_source)
+    ),
+    "audio-sink": Kind("audio-sink:FILE", "a loudspeaker; what is played becomes FILE (WAV)", _with_file(_audio_sink)),
+    "facedancer": Kind("facedancer:MODULE:NAME", "a Facedancer device: what class or function NAME makes", _facedancer),
     "mouse": Kind("mouse", "a mouse that moves in circles", _only(_mouse)),
 }
 """By what stands before the colon."""

@@ -1,7 +1,7 @@
 """Devices written in Python: each satisfies :class:`usbredir.device.UsbDevice`, so a host can export it.
 
-:class:`VirtualDevice` is the base for your own, :class:`LoopbackDevice` is for tests, :class:`MassStorage` is a USB
-stick.
+:class:`VirtualDevice` is the base for your own, :class:`HidDevice` for those with reports, :class:`LoopbackDevice` for
+tests; the others are devices that operating systems know, such as :class:`MassStorage` and :class:`Keyboard`.
 """
 
 from .audio import AudioSink, AudioSource
