@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -182,6 +183,7 @@ class Exchange:
         self._lock = threading.Lock()  # what other threads change: requests, streams, the device and the error
         self._numbers = itertools.count(1)
         self._pending: dict[int, Pending[Any]] = {}
+        self._earliest = math.inf  # no deadline of them is before
         self._senders: dict[Shape, Callable[..., None]] = {}  # valid until the host's hello
         self._reads_left = 0
         self._handlers: dict[type[Packet], Callable[[Any], None]] = {
@@ -222,11 +224,12 @@ class Exchange:
         Whoever waits has what it waits for, and what the host sends on stays outside until the next call; or the
         host sends without a pause, and the caller has to look at its timeout.
         """
+        if self._hold():
+            return True
         self._reads_left -= 1
         # Our own requests, and what cancels them, are no reason: the host may wait until its answers are read.
-        if self._backlog_exceeds(MAX_WAITING + 2 * len(self._pending), MAX_UNWRITTEN):
-            return True  # a host that floods us with what we must confirm, and does not read
-        return self._reads_left < 0 or self._hold()
+        # Else it is a host that floods us with what we must confirm, and does not read.
+        return self._reads_left < 0 or self._backlog_exceeds(MAX_WAITING + 2 * len(self._pending), MAX_UNWRITTEN)
 
     # ------------------------------------------------------------ requests
 
@@ -247,6 +250,8 @@ class Exchange:
             while not number or number in self._pending:
                 number = next(self._numbers) & ID_MASK
             pending = self._pending[number] = Pending(request, number, when_done)
+            if pending.deadline is not None and pending.deadline < self._earliest:
+                self._earliest = pending.deadline
         if isinstance(request, StreamRequest) and not self._may_stream(request.endpoint):
             self._remove(pending)
             pending.succeed(Status.INVAL)
@@ -289,6 +294,7 @@ class Exchange:
                 return False
             pending.cancelled_as = status
             pending.deadline = time.monotonic() + CANCEL_GRACE
+            self._earliest = min(self._earliest, pending.deadline)
         self.parser.send(CancelDataPacket(id=pending.id))
         return True
 
@@ -303,17 +309,21 @@ class Exchange:
             return self._pending.pop(pending.id, None) is not None
 
     def next_deadline(self) -> float | None:
-        """When :meth:`expire` is due, in seconds of time.monotonic(), or None."""
-        if not self._pending:
-            return None
-        with self._lock:
-            return min((p.deadline for p in self._pending.values() if p.deadline is not None), default=None)
+        """When :meth:`expire` is due, in seconds of time.monotonic(), or None.
+
+        It may be too early, when the request that it was for is done: looking at all of them costs more.
+        """
+        return self._earliest if self._earliest < math.inf else None
 
     def expire(self) -> None:
         """Cancel transfers whose time is over, give up what cannot be cancelled, or was not in time."""
         now = time.monotonic()
         with self._lock:
-            late = [p for p in self._pending.values() if p.deadline is not None and p.deadline <= now]
+            timed = [p for p in self._pending.values() if p.deadline is not None]
+            late = [p for p in timed if p.deadline is not None and p.deadline <= now]
+            self._earliest = min(
+                (p.deadline for p in timed if p.deadline is not None and p.deadline > now), default=math.inf
+            )
         for pending in late:
             if pending.cancelled_as is None and self.cancel(pending, Status.TIMEOUT):
                 continue

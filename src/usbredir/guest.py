@@ -167,6 +167,7 @@ class Guest:
 
         For an application with a loop of its own; not with ``background``. Threads: one caller at a time, nobody waiting.
         """
+        self._exchange.check_connection()
         with self._turn:
             self._wants = None
             self._write()
@@ -370,9 +371,10 @@ class Guest:
                 remaining = self._remaining(limit)
                 # A read before waiting would mostly say that there is nothing: a system call less for every answer.
                 if remaining is None or remaining > 0:
-                    wait(remaining, writing=has_output() > 0)
-                if has_output():
-                    exchange.write()
+                    unwritten = has_output()
+                    wait(remaining, writing=unwritten > 0)
+                    if unwritten:
+                        exchange.write()
                 exchange.read()
                 if has_output():
                     exchange.write()
