@@ -122,23 +122,23 @@ class _Audio(VirtualDevice):
     @class_in(MOST)
     @class_in(STEP)
     def _get_control(self, setup: Setup) -> Payload | Answer:
-        match _control_of(setup):
-            case 1 if setup.request == CURRENT:
-                return bytes((self._muted,))
-            case 2:
-                return struct.pack("<h", VOLUMES.get(setup.request, self._volume))
+        control = _control_of(setup)
+        if control == MUTE and setup.request == CURRENT:
+            return bytes((self._muted,))
+        if control == VOLUME:
+            return struct.pack("<h", VOLUMES.get(setup.request, self._volume))
         return STALL
 
     @class_out(SET_CURRENT)
     def _set_control(self, setup: Setup, data: bytes) -> Answer | None:
-        match _control_of(setup), len(data):
-            case 1, 1:
-                self._muted = bool(data[0])
-            case 2, 2:
-                (volume,) = struct.unpack("<h", data)
-                self._volume = max(VOLUMES[LEAST], min(VOLUMES[MOST], volume))
-            case _:
-                return STALL
+        control = _control_of(setup)
+        if control == MUTE and len(data) == 1:
+            self._muted = bool(data[0])
+        elif control == VOLUME and len(data) == 2:
+            (volume,) = struct.unpack("<h", data)
+            self._volume = max(VOLUMES[LEAST], min(VOLUMES[MOST], volume))
+        else:
+            return STALL
         return None
 
     @class_in(CURRENT, "endpoint")

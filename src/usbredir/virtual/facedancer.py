@@ -110,7 +110,8 @@ class _Board:
         self._device = device
         self.changed: Callable[[], None] = lambda: None
         self.outgoing: dict[int, _Outgoing] = {}
-        self.reply: bytes | Answer | None = None  # to the control request, None: not yet
+        self.request: Any = None  # the control request that the host has made last
+        self.reply: bytes | Answer | None = None  # to it, None: not yet
 
     def connect(self, usb_device: Any, max_packet_size_ep0: int = 64, device_speed: Any = None) -> None:
         """The device shall be there: it is."""
@@ -131,8 +132,9 @@ class _Board:
     def send_on_control_endpoint(
         self, endpoint_number: int, in_request: Any, data: bytes, blocking: bool = True
     ) -> None:
-        """The data stage of a control request."""
-        self.send_on_endpoint(0, data, blocking)
+        """The data stage of a control request, unless the host has given it up."""
+        if in_request is self.request:
+            self.send_on_endpoint(0, data, blocking)
 
     def send_on_endpoint(self, endpoint_number: int, data: bytes, blocking: bool = True) -> None:
         """A packet. It waits for the host, the device never does."""
@@ -321,15 +323,15 @@ class FacedancerDevice(VirtualDevice):
 
     def _request(self, setup: Setup, data: bytes = b"") -> None:
         self._board.reply = None
-        request = self.device.create_request(struct.pack("<BBHHH", *setup) + data)
+        self._board.request = request = self.device.create_request(struct.pack("<BBHHH", *setup) + data)
         if not self._call(self.device.handle_request, request):
             self._board.reply = STALL
 
     def _tell(self, setup: Setup) -> None:
         """A request that the host has not made itself; nobody wants the reply."""
-        reply = self._board.reply
+        before = self._board.request, self._board.reply
         self._request(setup)
-        self._board.reply = reply
+        self._board.request, self._board.reply = before
 
     def _ask_for_data(self, number: int, outgoing: _Outgoing) -> bool:
         works = True
@@ -433,22 +435,45 @@ class _Beside:
 def load(module: str, name: str) -> FacedancerDevice:
     """The device that *name* of *module* makes, called without arguments: a class, or a function of one's own.
 
-    It returns the Facedancer device, or that and its coroutines as a tuple. Modules are also found in the present
-    folder. Raises DeviceError for whatever goes wrong; without Facedancer it tells how to install it.
+    It returns the Facedancer device, or that and its coroutines as a tuple. A script that calls Facedancer's ``main``
+    when it is imported has them under the name ``main``. Modules are also found in the present folder. Raises
+    DeviceError for whatever goes wrong; without Facedancer it tells how to install it.
     """
-    _facedancer()
+    facedancer = _facedancer()
     try:
-        made = operator.attrgetter(name)(_import(module))()
+        made = operator.attrgetter(name)(_import(module, facedancer))()
         device, *coroutines = made if isinstance(made, tuple) else (made,)
-    except Exception as error:
+        return FacedancerDevice(device, *coroutines)
+    except DeviceError:
+        raise
+    except (Exception, SystemExit) as error:  # of somebody else's code
         raise DeviceError(f"cannot make {module}:{name}: {type(error).__name__}: {error}") from error
-    return FacedancerDevice(device, *coroutines)
 
 
-def _import(module: str) -> ModuleType:
+class _Main:
+    """In place of Facedancer's ``main``: keeps what it is called with, and gives it when called with nothing."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Any, ...]] = []
+
+    def __call__(self, *arguments: Any) -> Any:
+        if arguments:
+            return self._kept.append(arguments)
+        if not self._kept:
+            raise RuntimeError("the module does not call main() when it is imported, or its device was used already")
+        device, *coroutines = self._kept.pop()
+        return device() if isinstance(device, type) else device, *coroutines
+
+
+def _import(module: str, facedancer: Any) -> ModuleType:
     if (folder := os.getcwd()) not in sys.path:
         sys.path.insert(0, folder)
-    return importlib.import_module(module)
+    main = facedancer.main
+    facedancer.main = facedancer.devices.default_main = _Main()
+    try:
+        return importlib.import_module(module)
+    finally:
+        facedancer.main = facedancer.devices.default_main = main
 
 
 def _facedancer() -> Any:
