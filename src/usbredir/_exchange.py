@@ -528,11 +528,11 @@ class Exchange:
             self._on_answer(packet)
 
     def _on_stream_data(self, packet: StreamPacket) -> None:
-        stream = self.streams.get(packet.endpoint)
-        if stream is None or stream.overflow:
-            return  # still under way when the stream was stopped, or nobody takes it
         cost = len(packet.data) + PACKET_COST
         with self._lock:
+            stream = self.streams.get(packet.endpoint)
+            if stream is None or stream.overflow:
+                return  # still under way when the stream was stopped, or nobody takes it
             if self.backlog + cost > MAX_BACKLOG:
                 stream.overflow = True
                 return

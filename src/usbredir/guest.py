@@ -110,7 +110,7 @@ class Guest:
         self._wants: Callable[[], bool] | None = None  # what the reader waits for; None: whatever comes
         self._changed = threading.Condition()  # told to all others after what the reader has read
         self._followers = 0  # threads that wait for it; guarded by it
-        self._closed = False
+        self._refused = False  # the stream took less than there was, and nobody has waited since
         self._thread: threading.Thread | None = None
         if background:
             self._thread = threading.Thread(target=self._run, name="usbredir guest", daemon=True)
@@ -165,11 +165,13 @@ class Guest:
     def process(self) -> None:
         """Write what is queued and read what has arrived, without waiting, at most 1 MiB of it.
 
-        For an application with a loop of its own; not with ``background``. Threads: one caller at a time, nobody waiting.
+        For an application with a loop of its own; not with ``background``.
+        Threads: one caller at a time, nobody waiting.
         """
         self._exchange.check_connection()
         with self._turn:
             self._wants = None
+            self._refused = False
             self._write()
             try:
                 self._exchange.read()
@@ -199,7 +201,6 @@ class Guest:
 
         The stream is the application's to close. Threads: any number of callers, but no callback of a future.
         """
-        self._closed = True
         self._exchange.fail(ConnectionClosed("the guest was closed"))
         self._tell()
         self._callbacks.wake()
@@ -373,6 +374,7 @@ class Guest:
                 if remaining is None or remaining > 0:
                     unwritten = has_output()
                     wait(remaining, writing=unwritten > 0)
+                    self._refused = False
                     if unwritten:
                         exchange.write()
                 exchange.read()
@@ -417,8 +419,14 @@ class Guest:
         return True
 
     def _flush(self) -> None:
-        """Write what was queued, as far as the stream takes it; the reader writes the rest."""
-        self._write()
+        """Write what was queued, as far as the stream takes it; the reader writes the rest.
+
+        When the stream has just refused, it is not asked again before somebody has waited: each attempt costs as
+        much as there is to write.
+        """
+        if not self._refused:
+            self._write()
+            self._refused = self._exchange.has_output() > 0
         self._wake_reader()
         if self._thread is not None:
             self._tell()  # it reads on when a request waits
@@ -503,7 +511,8 @@ class _Future(concurrent.futures.Future[T]):
 
     def _wait(self, timeout: float | None) -> None:
         try:
-            self._guest._until(self.done, timeout)
+            if not self._guest._until(self.done, timeout):
+                raise TimeoutError("the request goes on")  # Python 3.10 would raise one of its own kind
         except FATAL:
             if not self.done():
                 raise

@@ -34,7 +34,7 @@ class Cdrom(BulkOnlyDevice):
     Threads: insert and eject from any; otherwise as :class:`~usbredir.virtual.VirtualDevice`.
     """
 
-    vendor_id, product_id = 0x1209, 0x0007
+    vendor_id, product_id = 0x1209, 0x000A
     manufacturer, product = "usbredir", "Virtual CD-ROM"
 
     def __init__(
