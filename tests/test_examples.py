@@ -38,4 +38,6 @@ def test_example_is_short(example: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert {"embed_three_threads", "export_python_device", "use_remote_device"} <= {path.stem for path in EXAMPLES}
+    assert {"asyncio_guest", "embed_three_threads", "export_python_device", "use_remote_device"} <= {
+        path.stem for path in EXAMPLES
+    }
