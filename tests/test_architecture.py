@@ -29,7 +29,8 @@ LAYERS: dict[int, str] = {
     "backends",
     1: "capabilities limits filter device _state backends._libusb backends._raw_descriptors "
     "backends._system backends._completions backends._exit",
-    2: "_layout descriptors virtual.declare virtual.scsi backends._native backends._backend _channel testing.qemu._errors",
+    2: "_layout descriptors virtual.declare virtual.scsi backends._native backends._backend _channel "
+    "testing.qemu._errors",
     3: "packets _queue virtual.description virtual.scsi_disk virtual.scsi_cdrom backends._base backends._context "
     "_pyusb_descriptors",
     4: "requests _framing _device_layout _streams virtual.base virtual.faulty backends._finding backends._synchronous",

@@ -753,6 +753,53 @@ def test_receiving_that_was_stopped(prey: Guest, raw: RawHost) -> None:
         prey.receive(0x83)
 
 
+def test_a_start_right_behind_a_stop(prey: Guest, raw: RawHost) -> None:
+    """The stop's answer ends the stream that was there, not the one that was started since."""
+    start_receiving(prey, raw)
+    raw.send(InterruptPacket(endpoint=0x83, data=b"old"))
+    prey.process()
+    raw.answer = lambda request: [InterruptReceivingStatus(id=request.id, endpoint=0x83)]
+    stop = prey.submit(requests.stop_interrupt_receiving(0x83))
+    start = prey.submit(requests.start_interrupt_receiving(0x83))
+    assert (stop.result(), start.result()) == (Status.SUCCESS, Status.SUCCESS)
+    assert prey._exchange.backlog == 0
+    raw.send(InterruptPacket(endpoint=0x83, data=b"new"))
+    assert prey.receive(0x83).data == b"new"
+    assert prey.stop_interrupt_receiving(0x83) == Status.SUCCESS
+    assert not prey._exchange.streams.keys() - {0x82}
+
+
+def test_a_stop_that_fails_ends_nothing(prey: Guest, raw: RawHost) -> None:
+    start_receiving(prey, raw)
+    raw.answer = lambda request: [InterruptReceivingStatus(id=request.id, endpoint=0x83, status=Status.IOERROR)]
+    assert prey.stop_interrupt_receiving(0x83) == Status.IOERROR
+    raw.send(InterruptPacket(endpoint=0x83, data=b"more"))
+    assert prey.receive(0x83).data == b"more"
+
+
+def test_a_descriptor_in_no_time(prey: Guest, raw: RawHost) -> None:
+    """Empty when it does not come, and when the cancellation is confirmed."""
+    assert prey.get_descriptor(1) == b""
+    assert isinstance(raw.requests[-1], CancelDataPacket)
+    raw.answer = lambda request: (
+        [ControlPacket(id=request.id, endpoint=0x80, status=Status.CANCELLED)]
+        if isinstance(request, CancelDataPacket)
+        else []
+    )
+    assert prey.get_descriptor(1) == b""
+    raw.answer = lambda request: [ControlPacket(id=request.id, endpoint=0x80, data=b"much too long")]
+    assert prey.get_descriptor(1, 0, 4) == b"much"
+
+
+def test_replaced_streams_leave_no_backlog(prey: Guest, raw: RawHost) -> None:
+    """What was not taken from a stream that ended counts no more when it is started again."""
+    for _ in range(3):
+        start_receiving(prey, raw)
+        raw.send(InterruptPacket(endpoint=0x83, data=bytes(1000)), InterruptReceivingStatus(endpoint=0x83, status=3))
+        prey.process()
+    assert prey._exchange.backlog == 1000 + _exchange.PACKET_COST
+
+
 @pytest.mark.parametrize("size", [0, 1000])
 def test_endless_stream_data_is_bounded(prey: Guest, raw: RawHost, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packets without data count as well. What came before is there, then the error says what to do."""
@@ -764,11 +811,10 @@ def test_endless_stream_data_is_bounded(prey: Guest, raw: RawHost, size: int, mo
     assert prey._exchange.backlog <= 100_000
     raw.send(BufferedBulkPacket(endpoint=0x82, data=bytes(1000)))
     prey.process()
-    kept = 0
+    for _ in range(100_000 // (size + _exchange.PACKET_COST)):
+        assert prey.receive(0x83, timeout=0).status == Status.SUCCESS
     with pytest.raises(LocalProtocolError, match="receive"):
-        while prey.receive(0x83, timeout=0).status == Status.SUCCESS:
-            kept += 1
-    assert kept == 100_000 // (size + _exchange.PACKET_COST)
+        prey.receive(0x83, timeout=0)
     assert prey._exchange.backlog == 0
     for endpoint in (0x83, 0x82):
         with pytest.raises(LocalProtocolError, match="dropped"):

@@ -129,6 +129,7 @@ class Stream:
         waiting: packets received, in order.
         ended: the status with which the host ended the stream, or None.
         started: whether the host has confirmed the start.
+        stopping: a stop is under way; what is started now is another stream.
         overflow: more came than may wait; it was dropped.
         reported: OUT: the last failure that the host told of, until it is taken.
     """
@@ -137,6 +138,7 @@ class Stream:
         self.waiting: deque[StreamPacket] = deque()
         self.ended: int | None = None
         self.started = False
+        self.stopping = False
         self.overflow = False
         self.reported: int = Status.SUCCESS
 
@@ -330,7 +332,7 @@ class Exchange:
             if not self._remove(pending):
                 continue
             if pending.cancelled_as is not None:
-                pending.succeed(TransferResult(pending.cancelled_as))
+                pending.succeed(pending.request.given_up(pending.cancelled_as))
             else:
                 self._forget_stream(pending.request)
                 pending.fail(TimeoutError(f"no answer to {pending.request.shape.packet_type.__name__} in time"))
@@ -373,12 +375,15 @@ class Exchange:
     # ------------------------------------------------------------ streams
 
     def _prepare_stream(self, request: StreamRequest) -> None:
-        """Data may follow the answer at once: the place for it is there before."""
-        if request.shape.starts:
-            with self._lock:
-                present = self.streams.get(request.endpoint)
-                if present is None or present.ended is not None or present.overflow:
-                    self.streams[request.endpoint] = Stream()
+        """Data may follow the answer to a start at once: the place for it is there before."""
+        with self._lock:
+            present = self.streams.get(request.endpoint)
+            if not request.shape.starts:
+                if present is not None:
+                    present.stopping = True
+            elif present is None or present.ended is not None or present.overflow or present.stopping:
+                self._drop_waiting(present)
+                self.streams[request.endpoint] = Stream()
 
     def _may_stream(self, endpoint: int) -> bool:
         """Whether there is such an endpoint. Hosts do not answer when there is none, or it is a control endpoint."""
@@ -433,9 +438,12 @@ class Exchange:
 
     def _drop_stream(self, endpoint: int) -> None:
         with self._lock:
-            stream = self.streams.pop(endpoint, None)
-            if stream is not None:
-                self.backlog -= sum(len(packet.data) + PACKET_COST for packet in stream.waiting)
+            self._drop_waiting(self.streams.pop(endpoint, None))
+
+    def _drop_waiting(self, stream: Stream | None) -> None:
+        """Nobody will take what waits there. The lock is held."""
+        if stream is not None:
+            self.backlog -= sum(len(packet.data) + PACKET_COST for packet in stream.waiting)
 
     # ------------------------------------------------------------ packets from the host
 
@@ -476,10 +484,10 @@ class Exchange:
         if pending is None:
             self._log(LogLevel.WARNING, f"an answer that nobody waits for, dropped: {packet!r}")
             return
-        value = pending.request.read(packet)
         if pending.cancelled_as is not None and packet.status == Status.CANCELLED:
-            value = TransferResult(pending.cancelled_as, value.data)
-        pending.succeed(value)
+            pending.succeed(pending.request.given_up(pending.cancelled_as, packet.data))
+        else:
+            pending.succeed(pending.request.read(packet))
 
     def _on_stream_status(self, packet: StreamStatus) -> None:
         pending = self._stream_request(packet)
@@ -516,9 +524,12 @@ class Exchange:
             if stream is not None:
                 stream.started = True
         elif packet.status == Status.SUCCESS:
-            self._drop_stream(packet.endpoint)
+            if stream is not None and stream.stopping:  # not one that was started meanwhile
+                self._drop_stream(packet.endpoint)
         else:
             self._forget_stream(pending.request)
+            if stream is not None:
+                stream.stopping = False
         pending.succeed(packet.status)
 
     def _on_interrupt(self, packet: InterruptPacket) -> None:

@@ -33,7 +33,7 @@ from .capabilities import ALL
 from .device import TransferResult
 from .errors import ConnectionClosed, LocalProtocolError
 from .filter import FilterRule
-from .guest import DESCRIPTOR_TIMEOUT, GET_DESCRIPTOR, HIGH_BACKLOG, ISO_PACKETS_AHEAD
+from .guest import HIGH_BACKLOG, ISO_PACKETS_AHEAD
 from .limits import Limits
 from .packets import DeviceConnect, EpInfo, InterfaceInfo
 from .parser import VERSION
@@ -184,6 +184,7 @@ class Guest:
     set_alt_setting = _awaitable(requests.set_alt_setting)
     control_in = _awaitable(requests.control_in)
     control_out = _awaitable(requests.control_out)
+    get_descriptor = _awaitable(requests.get_descriptor)
     clear_halt = _awaitable(requests.clear_halt)
     bulk_in = _awaitable(requests.bulk_in)
     bulk_out = _awaitable(requests.bulk_out)
@@ -215,13 +216,6 @@ class Guest:
         pending, future = self._start(request)
         future.add_done_callback(lambda future: self._abandon(pending) if future.cancelled() else None)
         return future
-
-    async def get_descriptor(self, kind: int, index: int = 0, length: int = 255, *, language: int = 0) -> bytes:
-        """A descriptor of the device, empty when it has none. *length* is the most to ask for, in bytes."""
-        result = await self.control_in(
-            0x80, GET_DESCRIPTOR, kind << 8 | index, language, length, timeout=DESCRIPTOR_TIMEOUT
-        )
-        return bytes(result.data) if result.status == Status.SUCCESS else b""
 
     def _start(self, request: Request[T]) -> tuple[Pending[T], asyncio.Future[T]]:
         exchange = self._exchange

@@ -34,9 +34,6 @@ from .requests import Request
 
 __all__ = ["Guest", "GuestCallbacks", "TransferResult"]
 
-GET_DESCRIPTOR = 6
-DESCRIPTOR_TIMEOUT = 5.0
-"""Seconds that a device has for a descriptor."""
 ISO_PACKETS_AHEAD = 64
 """Isochronous packets that may wait to be written before ``iso_out`` waits."""
 HIGH_BACKLOG = 1024 * 1024
@@ -109,7 +106,7 @@ class Guest:
         self._reader = 0  # its thread's number
         self._wants: Callable[[], bool] | None = None  # what the reader waits for; None: whatever comes
         self._changed = threading.Condition()  # told to all others after what the reader has read
-        self._followers = 0  # threads that wait for it; guarded by it
+        self._followers: list[Callable[[], bool]] = []  # what others wait for; changed while holding it
         self._refused = False  # the stream took less than there was, and nobody has waited since
         self._thread: threading.Thread | None = None
         if background:
@@ -226,6 +223,7 @@ class Guest:
     set_alt_setting = _blocking(requests.set_alt_setting)
     control_in = _blocking(requests.control_in)
     control_out = _blocking(requests.control_out)
+    get_descriptor = _blocking(requests.get_descriptor)
     clear_halt = _blocking(requests.clear_halt)
     bulk_in = _blocking(requests.bulk_in)
     bulk_out = _blocking(requests.bulk_out)
@@ -300,11 +298,6 @@ class Guest:
             if flying:
                 with contextlib.suppress(Exception):
                     self._flush()
-
-    def get_descriptor(self, kind: int, index: int = 0, length: int = 255, *, language: int = 0) -> bytes:
-        """A descriptor of the device, empty when it has none. *length* is the most to ask for, in bytes."""
-        result = self.control_in(0x80, GET_DESCRIPTOR, kind << 8 | index, language, length, timeout=DESCRIPTOR_TIMEOUT)
-        return bytes(result.data) if result.status == Status.SUCCESS else b""
 
     # ------------------------------------------------------------ streams
 
@@ -405,7 +398,7 @@ class Guest:
         if self._reader == threading.get_ident():
             raise LocalProtocolError("a callback must not wait for the guest: it runs in the thread that reads")
         with self._changed:
-            self._followers += 1
+            self._followers.append(done)
             try:
                 self._wake_reader()
                 self._changed.notify_all()  # the background thread reads on when somebody waits
@@ -415,7 +408,7 @@ class Guest:
                         return False
                     self._changed.wait(remaining)
             finally:
-                self._followers -= 1
+                self._followers.remove(done)
         return True
 
     def _flush(self) -> None:
@@ -458,9 +451,9 @@ class Guest:
         self._tell()
 
     def _has_backlog(self) -> bool:
-        """The background thread has read enough: nobody waits, and data of streams has to be taken first."""
+        """The background thread has read enough: all have what they wait for, and data of streams is to be taken."""
         exchange = self._exchange
-        return exchange.backlog > HIGH_BACKLOG and not exchange.busy and not self._followers
+        return exchange.backlog > HIGH_BACKLOG and not exchange.busy and all(done() for done in tuple(self._followers))
 
     def _hold(self) -> bool:
         """Asked before each read: the reader has what it waits for."""

@@ -53,6 +53,7 @@ __all__ = [
     "free_streams",
     "get_alt_setting",
     "get_configuration",
+    "get_descriptor",
     "interrupt_out",
     "like",
     "set_alt_setting",
@@ -66,6 +67,9 @@ __all__ = [
 ]
 
 CLEAR_FEATURE = 1
+GET_DESCRIPTOR = 6
+DESCRIPTOR_TIMEOUT = 5.0
+"""Seconds that a device has for a descriptor."""
 
 T = TypeVar("T")
 Data = bytes | bytearray | memoryview
@@ -116,6 +120,10 @@ class Request(Generic[T]):
         """The result that *answer* means."""
         raise NotImplementedError
 
+    def given_up(self, status: Status, data: Data = b"") -> T:
+        """The result after a cancellation, with the data that came before it. Only when it is cancellable."""
+        raise NotImplementedError
+
     def __repr__(self) -> str:
         values = ", ".join(f"{n}={v!r}" for n, v in zip(self.shape.names, self.values, strict=True) if n != "data")
         return f"<Request {self.shape.packet_type.__name__}({values})>"
@@ -158,7 +166,7 @@ class StreamRequest(Request[int]):
 
 
 class TransferRequest(Request[TransferResult]):
-    """A control, bulk or interrupt transfer; its values begin with the endpoint's address and the length or the data."""
+    """A control, bulk or interrupt transfer; its values begin with the endpoint's address, and the length or data."""
 
     __slots__ = ()
     cancellable = True
@@ -169,6 +177,21 @@ class TransferRequest(Request[TransferResult]):
         if data and self.values[0] & 0x80 and len(data) > self.values[1]:
             return TransferResult(Status.BABBLE, data[: self.values[1]])
         return TransferResult(answer.status, data)
+
+    def given_up(self, status: Status, data: Data = b"") -> TransferResult:
+        """The result of a transfer that was cancelled."""
+        return TransferResult(status, data)
+
+
+class _DescriptorRequest(Request[bytes]):
+    __slots__ = ()
+    cancellable = True
+
+    def read(self, answer: ControlPacket) -> bytes:
+        return bytes(answer.data[: self.values[1]]) if answer.status == Status.SUCCESS else b""
+
+    def given_up(self, status: Status, data: Data = b"") -> bytes:
+        return b""
 
 
 # The type of a stream's answer is of the endpoint's kind, not of the request's.
@@ -245,6 +268,13 @@ def control_out(
 ) -> Request[TransferResult]:
     """A control transfer with an OUT data stage, or none."""
     return TransferRequest(CONTROL_OUT, (0, _snapshot(data), request_type, request, value, index), timeout)
+
+
+def get_descriptor(
+    kind: int, index: int = 0, length: int = 255, *, language: int = 0, timeout: float | None = DESCRIPTOR_TIMEOUT
+) -> Request[bytes]:
+    """A descriptor of the device, empty when it has none. *length* is the most to ask for, in bytes."""
+    return _DescriptorRequest(CONTROL_IN, (0x80, length, 0x80, GET_DESCRIPTOR, kind << 8 | index, language), timeout)
 
 
 def clear_halt(endpoint: int, *, timeout: float | None = None) -> Request[TransferResult]:
