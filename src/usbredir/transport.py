@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from .device import UsbDevice
-from .errors import ConnectionClosed, DeviceLostError
+from .errors import ConnectionClosed
 from .guest import GuestCallbacks
 from .host import Host, HostCallbacks
 from .limits import Limits
@@ -579,7 +579,8 @@ def serve(
 ) -> None:
     """Serve one guest with *device*, in this thread, until it leaves or *stop* says so; the device is released then.
 
-    Other guests that come to *listener* meanwhile are turned away. Raises DeviceRejectedError, DeviceLostError,
+    A device that is lost while nothing is under way is noticed with the next request; ``stop=lambda: device.lost`` ends
+    at once. Other guests that come to *listener* meanwhile are turned away. Raises DeviceRejectedError, DeviceLostError,
     DeviceClaimError, RemoteProtocolError (the connection is of no use any more) and OSError. Threads: one.
     """
     session = Session(connection, device, version=version, limits=limits, log=log)
@@ -591,9 +592,6 @@ def serve(
                 wanted.append((listener.fileno(), POLLIN))
             ready = poller.wait(wanted, session.timeout())
             session.step(ready)
-            if device.lost:  # no transfer may have been there to tell
-                session.host.set_device(None)
-                raise DeviceLostError("the device was unplugged")
             if listener is not None and listener.fileno() in ready and session.is_occupied():
                 turn_away(listener, session.host.log)
     except ConnectionClosed:
