@@ -1,6 +1,7 @@
 """How the tests run: Hypothesis profiles, and no silent skips where none are wanted.
 
 * ``HYPOTHESIS_PROFILE=ci``: more examples, and a failure prints what reproduces it.
+* ``USBREDIR_QEMU=1``: tests marked ``qemu``, which boot virtual machines, run.
 * ``USBREDIR_NO_SKIPS=1``: a test that would be skipped fails with its reason, so that an automatic check that
   lacks a tool cannot pass.
 """
@@ -19,6 +20,14 @@ settings.register_profile(
     "ci", deadline=None, max_examples=300, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with virtual machines take minutes: only when they are asked for."""
+    if os.environ.get("USBREDIR_QEMU") != "1":
+        for item in items:
+            if item.get_closest_marker("qemu"):
+                item.add_marker(pytest.mark.skip("boots a virtual machine; set USBREDIR_QEMU=1"))
 
 
 def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -30,7 +30,7 @@ LAYERS: dict[int, str] = {
     1: "capabilities limits filter device _state backends._libusb backends._raw_descriptors "
     "backends._system backends._completions backends._exit",
     2: "_layout descriptors virtual.declare virtual.scsi backends._native backends._backend _channel "
-    "testing.qemu._errors",
+    "testing.qemu._guest_error",
     3: "packets _queue virtual.description virtual.scsi_disk virtual.scsi_cdrom backends._base backends._context "
     "_pyusb_descriptors",
     4: "requests _framing _device_layout _streams virtual.base virtual.faulty backends._finding backends._synchronous",
@@ -94,7 +94,7 @@ TESTED_ELSEWHERE = {
     "testing._server": ("test_pytest_plugin.py", "a fixture"),
     "testing._pair": ("test_guest.py", "linked_pair is what these tests stand on"),
     "testing.qemu._agent": ("test_testing_qemu.py", "part of the guest of tests"),
-    "testing.qemu._errors": ("test_testing_qemu.py", "an exception"),
+    "testing.qemu._guest_error": ("test_testing_qemu.py", "an exception"),
     "testing.qemu._machine": ("test_testing_qemu.py", "part of the guest of tests; with a real one in test_qemu"),
     "testing.qemu._image": ("test_testing_qemu.py", "part of the guest of tests"),
     "virtual": ("test_virtual_base.py", "re-exports"),

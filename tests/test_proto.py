@@ -65,5 +65,7 @@ def test_endpoint_slots() -> None:
 
 def test_everything_public_is_listed() -> None:
     assert sorted(proto.__all__) == sorted(
-        name for name in vars(proto) if not name.startswith("_") and name not in ("Enum", "IntEnum", "annotations")
+        name
+        for name in vars(proto)
+        if name.isidentifier() and name[0] != "_" and name not in ("Enum", "IntEnum", "annotations")
     )

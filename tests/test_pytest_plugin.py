@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import os
 import re
 import subprocess
 import sys
@@ -240,7 +239,6 @@ def test_without_qemu_tests_are_skipped(run: Callable[..., pytest.RunResult], mo
 
 
 @pytest.mark.qemu
-@pytest.mark.skipif(os.environ.get("USBREDIR_QEMU") != "1", reason="takes long; set USBREDIR_QEMU=1")
 def test_a_real_guest(run: Callable[..., pytest.RunResult]) -> None:
     """One boot, and the device that one test plugged in is gone in the next."""
     result = run(

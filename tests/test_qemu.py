@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import random
 import re
 import signal
@@ -25,10 +24,7 @@ from usbredir.testing.qemu import Controller, GuestError, Plugged, QemuGuest
 from usbredir.virtual import LoopbackDevice, MassStorage
 from usbredir.virtual.fat import make_image, read_files
 
-pytestmark = [
-    pytest.mark.qemu,
-    pytest.mark.skipif(os.environ.get("USBREDIR_QEMU") != "1", reason="takes long; set USBREDIR_QEMU=1"),
-]
+pytestmark = pytest.mark.qemu
 
 FILES = {
     "HELLO.TXT": b"Hello from the host.\n",

@@ -6,7 +6,6 @@ One boot serves all tests. Takes about a minute, so only with USBREDIR_QEMU=1 in
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import struct
 import threading
@@ -17,7 +16,7 @@ import pytest
 
 from usbredir.device import UsbDevice
 from usbredir.proto import Speed
-from usbredir.testing.qemu import QemuGuest, missing_tools
+from usbredir.testing.qemu import QemuGuest
 from usbredir.virtual import Keyboard, Mouse, SerialPort
 from usbredir.virtual.keyboard import KEYS, US_LAYOUT, Leds
 from usbredir.virtual.serial_port import ENDLESS_BREAK, LineCoding, Parity
@@ -50,22 +49,10 @@ LINUX_KEYS = {KEYS[key]: first + place for first, row in LINUX_ROWS.items() for 
 LEFT_CTRL, LEFT_SHIFT, LEFT_ALT = 29, 42, 56
 
 
-@pytest.fixture(scope="session")
-def booted() -> Iterator[QemuGuest]:
-    if os.environ.get("USBREDIR_QEMU") != "1":
-        pytest.skip("takes long; set USBREDIR_QEMU=1")
-    if missing := missing_tools():
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    with QemuGuest() as guest:
-        yield guest
-
-
 @pytest.fixture
-def guest(booted: QemuGuest) -> Iterator[QemuGuest]:
-    """Give the guest; what is plugged in goes afterwards."""
-    yield booted
-    booted.unplug_all()
-    booted.run("rm -f /tmp/*")
+def guest(qemu_guest: QemuGuest) -> Iterator[QemuGuest]:
+    yield qemu_guest
+    qemu_guest.run("rm -f /tmp/*")
 
 
 @contextlib.contextmanager

@@ -5,26 +5,19 @@ from __future__ import annotations
 import base64
 import contextlib
 import itertools
-import json
 import lzma
 import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from usbredir.testing import PacketLog
 from usbredir.testing.qemu import BuildError, CommandResult, GuestError, GuestImage, QemuGuest, _image, _machine
 from usbredir.testing.qemu._agent import Agent
-from usbredir.testing.qemu._channel import Channel
-from usbredir.testing.qemu._qmp import Qmp
 from usbredir.virtual import LoopbackDevice
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guest is for Linux")
@@ -41,49 +34,6 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
     theirs.settimeout(PATIENCE)
     with ours, theirs:
         yield ours, theirs
-
-
-def in_time() -> float:
-    return time.monotonic() + PATIENCE
-
-
-# ================================================================ channels
-
-
-@given(st.lists(st.binary(max_size=20).filter(lambda line: b"\n" not in line), max_size=5), st.binary(max_size=100))
-def test_lines_and_counted_bytes(lines: list[bytes], rest: bytes) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.sendall(b"".join(line + b"\n" for line in lines) + rest)
-        theirs.close()
-        channel = Channel(ours)
-        assert [channel.line(in_time()) for _ in lines] == lines
-        assert channel.exactly(len(rest), in_time()) == rest
-        with pytest.raises(EOFError):
-            channel.exactly(1, in_time())
-
-
-def test_a_line_that_is_cut_short_by_a_limit_is_not_lost(ends: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = ends
-    channel = Channel(ours)
-    theirs.sendall(b"half a ")
-    with pytest.raises(TimeoutError):
-        channel.line(time.monotonic() + SOON)
-    theirs.sendall(b"line\n")
-    assert channel.line(in_time()) == b"half a line"
-
-
-@pytest.mark.parametrize("descriptors", [[], [0]])
-def test_sending_has_a_limit_and_sees_the_end(
-    descriptors: list[int], ends: tuple[socket.socket, socket.socket]
-) -> None:
-    ours, theirs = ends
-    channel = Channel(ours)
-    with pytest.raises(TimeoutError):
-        channel.send(bytes(1 << 24), time.monotonic() + SOON)
-    theirs.close()
-    with pytest.raises(EOFError):
-        channel.send(b"x", in_time(), descriptors=descriptors)
 
 
 # ================================================================ commands
@@ -145,69 +95,6 @@ def test_what_is_no_answer(answer: bytes, ends: tuple[socket.socket, socket.sock
     theirs.sendall(answer)
     with pytest.raises(GuestError, match="no answer to a command"):
         agent.result(number, PATIENCE)
-
-
-# ================================================================ the monitor
-
-
-def said(*messages: dict[str, Any]) -> bytes:
-    return b"".join(json.dumps(message).encode() + b"\r\n" for message in messages)
-
-
-def test_the_monitor_is_greeted(ends: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = ends
-    theirs.sendall(said({"QMP": {}}, {"return": {}, "id": 1}))
-    Qmp(ours).greet(PATIENCE)
-    assert json.loads(theirs.recv(1000))["execute"] == "qmp_capabilities"
-
-
-def test_answers_and_events_of_the_monitor(ends: tuple[socket.socket, socket.socket]) -> None:
-    """Events between are kept; an answer with another id belongs to a command that was given up."""
-    ours, theirs = ends
-    qmp = Qmp(ours)
-    deleted = {"event": "DEVICE_DELETED", "data": {"device": "usb1"}}
-    theirs.sendall(said({"event": "X"}, deleted, {"return": 5, "id": 0}, {"return": 6, "id": 1}))
-    assert qmp.execute("query-six", {"a": 1}, PATIENCE) == 6
-    assert json.loads(theirs.recv(1000)) == {"execute": "query-six", "arguments": {"a": 1}, "id": 1}
-    assert qmp.wait_event("DEVICE_DELETED", {"device": "usb1"}, PATIENCE) == deleted
-    with pytest.raises(TimeoutError):  # it is given once, and only to who asked for this device
-        qmp.wait_event("DEVICE_DELETED", {"device": "usb1"}, SOON)
-    theirs.sendall(said(deleted))
-    with pytest.raises(TimeoutError):
-        qmp.wait_event("DEVICE_DELETED", {"device": "usb2"}, SOON)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (said({"error": {"class": "GenericError", "desc": "Bus 'x' not found"}, "id": 1}), "Bus 'x' not found"),
-        (b"qemu: what?\r\n", "no message"),
-        (b"[1]\r\n", "no message"),
-    ],
-)
-def test_refusals_of_the_monitor(line: bytes, message: str, ends: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = ends
-    theirs.sendall(line)
-    with pytest.raises(GuestError, match=message):
-        Qmp(ours).execute("device_add", {}, PATIENCE)
-
-
-def test_descriptors_go_along(ends: tuple[socket.socket, socket.socket], tmp_path: Path) -> None:
-    ours, theirs = ends
-    theirs.sendall(said({"return": {}, "id": 1}))
-    with open(tmp_path / "file", "wb") as file:
-        Qmp(ours).execute("getfd", {"fdname": "file"}, PATIENCE, descriptors=[file.fileno()])
-        data, descriptors, _, _ = socket.recv_fds(theirs, 1000, 4)
-        with open(descriptors[0], "wb") as received:
-            assert os.path.sameopenfile(received.fileno(), file.fileno())
-    assert json.loads(data)["arguments"] == {"fdname": "file"}
-
-
-def test_a_monitor_that_does_not_greet(ends: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = ends
-    theirs.sendall(said({"return": {}}))
-    with pytest.raises(GuestError, match="did not greet"):
-        Qmp(ours).greet(PATIENCE)
 
 
 # ================================================================ a guest of a fake QEMU

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import __version__, _export, _listing, _run
+from . import __version__, _attach, _export, _listing, _run
 from ._messages import ExitCode, Failure, Messages
 
 __all__ = ["ExitCode", "joined", "main"]
@@ -25,6 +25,7 @@ examples:
   usbredir export --virtual disk:stick.img --as 127.0.0.1:4000
   qemu-system-x86_64 ... -device qemu-xhci \\
       -chardev socket,id=c,host=127.0.0.1,port=4000 -device usb-redir,chardev=c
+  usbredir attach 127.0.0.1:4000 --qmp /run/vm.qmp          the same for a machine that runs
   usbredir run --connect 127.0.0.1:4000 -- python script_with_pyusb.py
 """
 
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"usbredir {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _export.add_arguments(commands, formatter)
+    _attach.add_arguments(commands, formatter)
     _listing.add_arguments(commands)
     _run.add_arguments(commands, formatter)
     demo = commands.add_parser("demo", help="export a virtual USB stick to a guest on this machine and measure")

@@ -198,7 +198,8 @@ def parse_configuration(raw: bytes) -> Configuration:
         if piece[1] == DescriptorType.INTERFACE_ASSOCIATION:
             association = piece
         elif piece[1] == DescriptorType.INTERFACE and len(piece) >= 9:
-            interfaces.append(Interface(*piece[2:4], *piece[5:9], association=association))
+            interface = Interface(piece[2], piece[3], piece[5], piece[6], piece[7], piece[8], association=association)
+            interfaces.append(interface)
             association = b""
         elif interfaces:  # before the first interface: class-specific descriptors of the configuration
             interfaces[-1] = _with_piece(interfaces[-1], piece)

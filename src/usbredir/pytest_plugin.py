@@ -176,7 +176,7 @@ def _qemu() -> Iterator[_Qemu]:
 
 
 @pytest.fixture
-def qemu_guest(_qemu: _Qemu) -> Iterator[QemuGuest]:
+def qemu_guest(_qemu: _Qemu, request: pytest.FixtureRequest) -> Iterator[QemuGuest]:
     """A Linux guest in QEMU with nothing plugged in: ``qemu_guest.plug(device)``.
 
     It boots once a run (with pytest-xdist: once a worker), and anew after a test that left it unusable. What a test
@@ -185,7 +185,9 @@ def qemu_guest(_qemu: _Qemu) -> Iterator[QemuGuest]:
     from .testing.qemu import GuestError
 
     guest = _qemu.guest()
+    guest.log = _packet_log(request)
     yield guest
+    guest.log = None
     try:
         guest.unplug_all()
     except GuestError:

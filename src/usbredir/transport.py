@@ -579,9 +579,10 @@ def serve(
 ) -> None:
     """Serve one guest with *device*, in this thread, until it leaves or *stop* says so; the device is released then.
 
-    A device that is lost while nothing is under way is noticed with the next request; ``stop=lambda: device.lost`` ends
-    at once. Other guests that come to *listener* meanwhile are turned away. Raises DeviceRejectedError, DeviceLostError,
-    DeviceClaimError, RemoteProtocolError (the connection is of no use any more) and OSError. Threads: one.
+    A device that is lost while nothing is under way is noticed with the next request; ``stop=lambda: device.lost``
+    ends at once. Other guests that come to *listener* meanwhile are turned away.
+    Raises DeviceRejectedError, DeviceLostError, DeviceClaimError, RemoteProtocolError (the connection is of no use
+    any more) and OSError. Threads: one.
     """
     session = Session(connection, device, version=version, limits=limits, log=log)
     poller = Poller()

@@ -11,7 +11,7 @@ Source: docs/qemu-tests.md.
 """
 
 from ._agent import CommandResult
-from ._channel import GuestError
+from ._guest_error import GuestError
 from ._image import BuildError, GuestImage, build_guest, missing_tools
 from ._machine import Controller, Plugged, QemuGuest, Running
 

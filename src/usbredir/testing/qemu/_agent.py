@@ -17,7 +17,8 @@ import socket
 import time
 from typing import NamedTuple
 
-from ._channel import Channel, GuestError
+from ..._channel import Channel
+from ._guest_error import GuestError
 
 __all__ = ["Agent", "CommandResult"]
 

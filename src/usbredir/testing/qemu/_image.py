@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._channel import GuestError
+from ._guest_error import GuestError
 
 __all__ = ["QEMU", "BuildError", "GuestImage", "build_guest", "cache_folder", "missing_tools"]
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
+from ..._qmp import Qmp, QmpError, socket_address
 from ...device import UsbDevice
 from ...errors import DeviceLostError
-from ...transport import Address, Connection, listen, parse_address, serve
+from ...transport import Connection, listen, parse_address, serve
 from .._packet_log import PacketLog
 from ._agent import Agent, CommandResult
-from ._channel import GuestError
+from ._guest_error import GuestError
 from ._image import QEMU, SEARCH_PATH, GuestImage, build_guest
-from ._qmp import Qmp
 
 __all__ = ["Controller", "Plugged", "QemuGuest", "Running"]
 
@@ -373,9 +373,9 @@ class QemuGuest:
 
         With *reconnect* QEMU connects again, a second after the connection has ended. The others: as for :meth:`plug`.
         """
-        options = {"server": False, "addr": _qemu_address(parse_address(address))}
+        options = {"server": False, "addr": socket_address(*parse_address(address))}
         if reconnect:
-            options["reconnect"] = 1
+            options |= self._qmp.reconnecting(1)
         return self._plug(_Backend(options, address), controller, timeout, properties)
 
     def plug_listening(
@@ -511,6 +511,8 @@ class QemuGuest:
             yield
         except GuestError as error:
             raise self._error(error.reason) from None
+        except QmpError as error:
+            raise self._error(str(error)) from None
         except EOFError:
             raise self._error(f"QEMU ended {self._exit()} while waiting for {what}") from None
         except TimeoutError:
@@ -531,12 +533,6 @@ class QemuGuest:
         console = self.console().splitlines()[-CONSOLE_LINES:]
         parts = [*more, *exports, "--- QEMU ---", *messages, "--- console ---", *console]
         return GuestError(reason, "\n".join(part for part in parts if part))
-
-
-def _qemu_address(address: Address) -> dict[str, object]:
-    if address.port is None:
-        return {"type": "unix", "data": {"path": address.host}}
-    return {"type": "inet", "data": {"host": address.host, "port": str(address.port)}}
 
 
 def _shown(command: str) -> str:

@@ -1,4 +1,4 @@
-"""A connected socket that is read and written with a time limit, and the error of everything about guests."""
+"""A connected socket that is read and written with a time limit: lines, and counted bytes."""
 
 from __future__ import annotations
 
@@ -6,24 +6,10 @@ import socket
 import time
 from collections.abc import Sequence
 
-from ...errors import UsbRedirError
-
-__all__ = ["Channel", "GuestError"]
+__all__ = ["Channel"]
 
 PIECE = 1 << 16
 """Bytes to read at a time."""
-
-
-class GuestError(UsbRedirError):
-    """The guest, or QEMU, did not do what it should.
-
-    Attributes:
-        reason: what went wrong, without the circumstances that the message goes on with.
-    """
-
-    def __init__(self, reason: str, circumstances: str = "") -> None:
-        super().__init__(f"{reason}\n{circumstances}" if circumstances else reason)
-        self.reason = reason
 
 
 class Channel:
