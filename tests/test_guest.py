@@ -17,6 +17,7 @@ from usbredir.errors import (
     DeviceLostError,
     DeviceRejectedError,
     LocalProtocolError,
+    QueueFullError,
     RemoteProtocolError,
 )
 from usbredir.filter import FilterRule
@@ -46,6 +47,7 @@ from usbredir.packets import (
     Reset,
     StartBulkReceiving,
     StartInterruptReceiving,
+    StopInterruptReceiving,
 )
 from usbredir.parser import LogLevel, Parser
 from usbredir.proto import Capability, Status, TransferType, endpoint_address, endpoint_index
@@ -848,6 +850,196 @@ def test_stream_data_that_nobody_wants_is_dropped(prey: Guest, raw: RawHost) -> 
         raw.send(*[IsoPacket(endpoint=0x84, data=bytes(100))] * 10)
         prey.process()
     assert not prey._exchange.streams
+
+
+def test_data_of_a_former_stream_is_not_the_next_ones(prey: Guest, raw: RawHost) -> None:
+    """What was under way when the stop was sent."""
+    start_receiving(prey, raw)
+    stop = prey.submit(requests.stop_interrupt_receiving(0x83))
+    start = prey.submit(requests.start_interrupt_receiving(0x83))
+    raw.answer = lambda request: [
+        InterruptPacket(endpoint=0x83, data=b"of the old one"),
+        InterruptReceivingStatus(id=request.id, endpoint=0x83),
+    ]
+    assert (stop.result(), start.result()) == (Status.SUCCESS, Status.SUCCESS)
+    assert prey.receive(0x83, timeout=0).status == Status.TIMEOUT
+
+
+def test_a_status_that_crosses_a_stop(prey: Guest, raw: RawHost) -> None:
+    """It ends the stream; the stop has an answer of its own."""
+    start_receiving(prey, raw)
+    raw.answer = lambda request: [
+        InterruptReceivingStatus(endpoint=0x83, status=Status.STALL),
+        InterruptReceivingStatus(id=request.id, endpoint=0x83),
+    ]
+    assert prey.stop_interrupt_receiving(0x83) == Status.SUCCESS
+    with pytest.raises(LocalProtocolError):
+        prey.receive(0x83)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        requests.start_interrupt_receiving(0x83, timeout=1.0),
+        requests.start_bulk_receiving(0x82, 512, timeout=1.0),
+        requests.start_iso_stream(0x84, timeout=1.0),
+    ],
+    ids=repr,
+)
+def test_a_start_that_is_not_answered_in_time_is_undone(prey: Guest, raw: RawHost, make: requests.Request[int]) -> None:
+    """Should the host carry it out after all, it is told to stop; its data is not kept."""
+    with pytest.raises(TimeoutError):
+        prey.call(make)
+    endpoint = make.values[0]
+    prey.process()
+    raw.wait(0, writing=False)
+    assert [type(request).__name__[:4] for request in raw.requests] == ["Star", "Stop"]
+    assert raw.requests[1].endpoint == endpoint  # type: ignore[attr-defined]
+    raw.send(InterruptReceivingStatus(id=raw.requests[0].id, endpoint=0x83), InterruptPacket(endpoint=0x83, data=b"x"))
+    prey.process()
+    assert not prey._exchange.streams
+    assert prey._exchange.backlog == 0
+
+
+def test_a_start_that_its_caller_gives_up(prey: Guest, raw: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(timeout: float | None, *, writing: bool) -> None:
+        raise KeyboardInterrupt
+
+    wait = raw.wait
+    monkeypatch.setattr(raw, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prey.start_interrupt_receiving(0x83)
+    wait(0, writing=False)
+    assert [type(request) for request in raw.requests] == [StartInterruptReceiving, StopInterruptReceiving]
+    assert not prey._exchange.streams
+
+
+def test_isochronous_packets_that_nobody_takes(prey: Guest, raw: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that does not read holds a sender for its timeout, not longer."""
+    raw.answer = lambda request: [IsoStreamStatus(id=request.id, endpoint=0x04)]
+    raw.send(ENDPOINTS.replace(type=(TransferType.ISO,) * 32))
+    prey.process()
+    assert prey.start_iso_stream(0x04) == Status.SUCCESS
+    monkeypatch.setattr(raw, "write", lambda data: None)
+    results = [prey.iso_out(0x04, b"x", timeout=1.0) for _ in range(guest_module.ISO_PACKETS_AHEAD + 1)]
+    assert results == [Status.SUCCESS] * guest_module.ISO_PACKETS_AHEAD + [Status.TIMEOUT]
+
+
+# ---------------------------------------------------------------- limits, and errors of the application
+
+
+def test_cancellations_pass_a_full_queue(raw: RawHost, clock: FakeTime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end requests, one for each: a timeout is a result also when nothing else may be queued."""
+    guest = Guest(raw, limits=Limits(max_queued_packets=2))
+    guest.process()
+    raw.wait(0, writing=False)
+    raw.send(ENDPOINTS, DeviceConnect())
+    guest.wait_for_device()
+    monkeypatch.setattr(raw, "write", lambda data: None)
+    futures = [guest.submit(requests.bulk_in(0x81, 64, timeout=1.0)) for _ in range(2)]
+    with pytest.raises(QueueFullError):
+        guest.submit(requests.bulk_in(0x81, 64))
+    assert [future.result().status for future in futures] == [Status.TIMEOUT] * 2
+    assert not guest._exchange.busy
+
+
+class OddError(OSError):
+    """One that copy.copy() cannot copy."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(first)
+
+
+def test_errors_that_cannot_be_copied(prey: Guest, raw: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end all requests all the same."""
+
+    def fail(count: int) -> bytes:
+        raise OddError(1, 2)
+
+    futures = [prey.submit(requests.bulk_in(0x81, 64)) for _ in range(3)]
+    monkeypatch.setattr(raw, "read", fail)
+    raw.readable = True
+    for future in futures:
+        with pytest.raises(OddError):
+            future.result()
+    with pytest.raises(OddError):
+        prey.get_configuration()
+
+
+def test_rules_for_a_host_without_filters(clock: FakeTime) -> None:
+    """It cannot be told; the connection goes on."""
+    raw = RawHost(clock, word=())
+    guest = Guest(raw, rules=(FilterRule(8, -1, -1, -1, True),))
+    guest.process()
+    raw.wait(0, writing=False)
+    raw.send(DeviceConnect())
+    assert guest.wait_for_device() is not None
+    assert any("filter" in message for _, message in raw.messages)
+
+
+def test_a_pipeline_whose_requests_fail(prey: Guest, raw: RawHost) -> None:
+    """What was started before is cancelled; the error is the caller's."""
+
+    def wanted() -> Iterator[requests.Request[TransferResult]]:
+        yield requests.bulk_in(0x81, 64)
+        yield requests.bulk_in(0x81, 64)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        next(prey.pipeline(wanted()))
+    raw.wait(0, writing=False)
+    assert [type(request).__name__ for request in raw.requests] == ["BulkPacket"] * 2 + ["CancelDataPacket"] * 2
+
+
+def test_a_pipeline_that_is_left(prey: Guest, raw: RawHost) -> None:
+    raw.answer = lambda request: [reply_to(request, data=b"x" * 4, length=4)] if request.id < 4 else []
+    results = prey.pipeline((requests.bulk_in(0x81, 4) for _ in range(100)), depth=8)
+    assert next(results).data == b"xxxx"
+    results.close()  # type: ignore[attr-defined]
+    raw.wait(0, writing=False)
+    cancelled = [request.id for request in raw.requests if isinstance(request, CancelDataPacket)]
+    asked = [request.id for request in raw.requests if isinstance(request, BulkPacket)]
+    assert set(cancelled) <= set(asked)
+    assert all(pending.cancelled_as is not None for pending in prey._exchange._pending.values())
+
+
+@pytest.mark.parametrize("depth", [0, -1])
+def test_depths_that_make_no_sense(prey: Guest, depth: int) -> None:
+    with pytest.raises(ValueError, match="depth"):
+        prey.pipeline([], depth)
+
+
+def test_a_cancelled_transfer_with_too_much_data(prey: Guest, raw: RawHost) -> None:
+    """It is cut to what was asked for."""
+    raw.answer = lambda request: (
+        [BulkPacket(id=request.id, endpoint=0x81, status=Status.CANCELLED, data=bytes(5000))]
+        if isinstance(request, CancelDataPacket)
+        else []
+    )
+    assert prey.bulk_in(0x81, 16, timeout=1.0) == TransferResult(Status.TIMEOUT, bytes(16))
+
+
+def test_unasked_answers_are_not_logged_without_end(prey: Guest, raw: RawHost) -> None:
+    raw.send(*[BulkPacket(id=99, endpoint=0x81, data=b"x")] * 1000)
+    prey.process()
+    complaints = [message for _, message in raw.messages if "nobody waits" in message]
+    assert len(complaints) == _exchange.MOST_COMPLAINTS
+
+
+def test_an_endpoint_that_is_no_number(prey: Guest) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        prey.start_interrupt_receiving("0x83")  # type: ignore[arg-type]
+    assert not prey._exchange.busy
+
+
+def test_another_device_without_a_goodbye(prey: Guest, raw: RawHost) -> None:
+    """What was asked of the former one has no answer any more."""
+    future = prey.submit(requests.bulk_in(0x81, 64))
+    raw.send(ENDPOINTS, DeviceConnect(vendor_id=2))
+    with pytest.raises(DeviceLostError, match="another device"):
+        future.result()
+    assert prey.device is not None
+    assert (prey.device.vendor_id, prey.endpoints) == (2, ENDPOINTS)
 
 
 # ---------------------------------------------------------------- hosts that break the protocol

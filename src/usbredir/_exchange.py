@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 from typing import Any, Generic, TypeVar
 
 from ._link import Link
@@ -51,7 +52,7 @@ from .packets import (
     Reset,
 )
 from .parser import LogLevel, Parser, StreamCallbacks
-from .proto import Status, TransferType, endpoint_index
+from .proto import Capability, Status, TransferType, endpoint_index
 from .requests import Request, Shape, StreamRequest
 
 __all__ = ["Exchange", "Pending", "Stream"]
@@ -70,6 +71,8 @@ PACKET_COST = 128
 """Bytes that a waiting packet counts beside its data."""
 FATAL = (ConnectionClosed, RemoteProtocolError, OSError)
 """What ends a connection: raised by reading or writing it."""
+MOST_COMPLAINTS = 10
+"""Answers to nothing that are logged: a host may send any number."""
 STREAM_TYPES = (TransferType.ISO, TransferType.BULK, TransferType.INTERRUPT)
 ID_MASK = 0xFFFFFFFF
 """Ids have 32 bits even when the host can do 64: the answer brings back what was sent, whatever was settled."""
@@ -122,30 +125,51 @@ class Pending(Generic[T]):
             self._when_done(self)
 
 
+class Phase(Enum):
+    """Where a stream is. Data is kept while it runs or is being stopped; before, it is what is left of a former one."""
+
+    STARTING = "the host has not confirmed the start"
+    RUNNING = "data comes"
+    STOPPING = "the host has not confirmed the stop"
+    ENDED = "the host has ended it, or too much waited"
+
+
 class Stream:
     """An endpoint with a stream: what came and was not taken yet, and what the host said of it.
 
     Attributes:
+        phase: where it is.
         waiting: packets received, in order.
-        ended: the status with which the host ended the stream, or None.
-        started: whether the host has confirmed the start.
-        stopping: a stop is under way; what is started now is another stream.
+        ended: the status with which the host ended it, or None.
         overflow: more came than may wait; it was dropped.
         reported: OUT: the last failure that the host told of, until it is taken.
     """
 
     def __init__(self) -> None:
+        self.phase = Phase.STARTING
         self.waiting: deque[StreamPacket] = deque()
         self.ended: int | None = None
-        self.started = False
-        self.stopping = False
         self.overflow = False
         self.reported: int = Status.SUCCESS
 
     @property
     def has_news(self) -> bool:
         """Whether there is something to take."""
-        return bool(self.waiting) or self.overflow or self.ended is not None
+        return bool(self.waiting) or self.phase is Phase.ENDED
+
+    def end(self, status: int | None) -> None:
+        """No more data: the host said so, or (None) there is no room for it."""
+        self.phase = Phase.ENDED
+        self.ended = status
+        self.overflow = status is None
+
+
+def _again(error: Exception) -> Exception:
+    """The same error for somebody else: each one raises, and extends, its own. Some cannot be copied."""
+    try:
+        return copy.copy(error)
+    except Exception:
+        return error
 
 
 class Exchange:
@@ -185,6 +209,7 @@ class Exchange:
         self._lock = threading.Lock()  # what other threads change: requests, streams, the device and the error
         self._numbers = itertools.count(1)
         self._pending: dict[int, Pending[Any]] = {}
+        self._unasked = 0
         self._earliest = math.inf  # no deadline of them is before
         self._senders: dict[Shape, Callable[..., None]] = {}  # valid until the host's hello
         self._reads_left = 0
@@ -254,17 +279,15 @@ class Exchange:
             pending = self._pending[number] = Pending(request, number, when_done)
             if pending.deadline is not None and pending.deadline < self._earliest:
                 self._earliest = pending.deadline
-        if isinstance(request, StreamRequest) and not self._may_stream(request.endpoint):
-            self._remove(pending)
-            pending.succeed(Status.INVAL)
-            return pending
         try:
-            if isinstance(request, StreamRequest):
-                self._prepare_stream(request)
+            if isinstance(request, StreamRequest) and not self._prepare_stream(request):
+                if self._remove(pending):
+                    pending.succeed(Status.INVAL)
+                return pending
             (self._senders.get(request.shape) or self._sender(request.shape))(number, *request.values)
         except BaseException:
             self._remove(pending)
-            self._forget_stream(request)
+            self._forget_start(request)
             raise
         return pending
 
@@ -297,13 +320,17 @@ class Exchange:
             pending.cancelled_as = status
             pending.deadline = time.monotonic() + CANCEL_GRACE
             self._earliest = min(self._earliest, pending.deadline)
-        self.parser.send(CancelDataPacket(id=pending.id))
+        self._insist(CancelDataPacket(id=pending.id))
         return True
 
     def abandon(self, pending: Pending[Any]) -> None:
-        """Whoever wanted it is gone: cancel what can be cancelled, and forget the rest."""
-        if not self.cancel(pending):
-            self._remove(pending)
+        """Whoever wanted it is gone: cancel what can be cancelled, stop what was to be started, forget the rest."""
+        if not self.cancel(pending) and self._remove(pending):
+            self._undo_start(pending.request)
+
+    def _insist(self, packet: Packet) -> None:
+        """Queue what ends a request: no limit of the queue holds it back, which has room for one for each request."""
+        self.parser._queue_packet(packet)
 
     def _remove(self, pending: Pending[Any]) -> bool:
         """It waits no more; whether it did. Whoever removes it may finish it."""
@@ -334,7 +361,7 @@ class Exchange:
             if pending.cancelled_as is not None:
                 pending.succeed(pending.request.given_up(pending.cancelled_as))
             else:
-                self._forget_stream(pending.request)
+                self._undo_start(pending.request)
                 pending.fail(TimeoutError(f"no answer to {pending.request.shape.packet_type.__name__} in time"))
 
     def fail(self, error: Exception) -> None:
@@ -346,12 +373,12 @@ class Exchange:
             self._forget_device()
             lost, self._pending = list(self._pending.values()), {}
         for pending in lost:
-            pending.fail(copy.copy(error))
+            pending.fail(_again(error))
 
     def check_connection(self) -> None:
         """Raise what ended the connection."""
         if self.error is not None:
-            raise copy.copy(self.error)
+            raise _again(self.error)
 
     def _check(self) -> None:
         self.check_connection()
@@ -359,43 +386,51 @@ class Exchange:
             raise DeviceLostError("the host has no device: wait_for_device() first, or it went away")
 
     def _lose(self, why: str) -> None:
+        """The device is gone, with all that was asked of it."""
         with self._lock:
             self._forget_device()
+            self.interfaces = None
+            self.endpoints = None
             lost, self._pending = list(self._pending.values()), {}
         for pending in lost:
             pending.fail(DeviceLostError(why))
 
     def _forget_device(self) -> None:
         self.device = None
-        self.interfaces = None
-        self.endpoints = None
         self.streams.clear()
         self.backlog = 0
 
     # ------------------------------------------------------------ streams
 
-    def _prepare_stream(self, request: StreamRequest) -> None:
-        """Data may follow the answer to a start at once: the place for it is there before."""
+    def _prepare_stream(self, request: StreamRequest) -> bool:
+        """A start or stop is about to be sent. False: there is no such endpoint, and hosts would not answer."""
+        table = self.endpoints
+        if table is not None and table.type[endpoint_index(request.endpoint)] not in STREAM_TYPES:
+            return False
         with self._lock:
             present = self.streams.get(request.endpoint)
-            if not request.shape.starts:
-                if present is not None:
-                    present.stopping = True
-            elif present is None or present.ended is not None or present.overflow or present.stopping:
+            if not request.shape.stop:
+                if present is not None and present.phase is Phase.RUNNING:
+                    present.phase = Phase.STOPPING
+            elif present is None or present.phase in (Phase.STOPPING, Phase.ENDED):
                 self._drop_waiting(present)
                 self.streams[request.endpoint] = Stream()
+        return True
 
-    def _may_stream(self, endpoint: int) -> bool:
-        """Whether there is such an endpoint. Hosts do not answer when there is none, or it is a control endpoint."""
-        table = self.endpoints
-        return table is None or table.type[endpoint_index(endpoint)] in STREAM_TYPES
+    def _forget_start(self, request: Request[Any]) -> bool:
+        """A stream whose start was not confirmed has no place; whether there was one."""
+        if not isinstance(request, StreamRequest) or not request.shape.stop:
+            return False
+        stream = self.streams.get(request.endpoint)
+        if stream is None or stream.phase is not Phase.STARTING:
+            return False
+        self._drop_stream(request.endpoint)
+        return True
 
-    def _forget_stream(self, request: Request[Any]) -> None:
-        """A stream whose start was never confirmed has no place either."""
-        if isinstance(request, StreamRequest):
-            stream = self.streams.get(request.endpoint)
-            if stream is not None and not stream.started:
-                self._drop_stream(request.endpoint)
+    def _undo_start(self, request: Request[Any]) -> None:
+        """Nobody waits for a start any more: should the host still carry it out, it has to stop again."""
+        if self._forget_start(request) and request.shape.stop is not None:
+            self._insist(request.shape.stop(endpoint=request.values[0]))
 
     def stream(self, endpoint: int) -> Stream:
         """The stream of *endpoint*. Raises LocalProtocolError when it is not started, and as :meth:`start`."""
@@ -430,9 +465,9 @@ class Exchange:
     def iso_out(self, endpoint: int, data: bytes | bytearray | memoryview) -> int:
         """Queue a packet of an isochronous OUT stream. The last failure that the host told of, or SUCCESS."""
         stream = self.stream(endpoint)
-        self.send(IsoPacket(endpoint=endpoint, data=data))
         if stream.ended is not None:
             return stream.ended
+        self.send(IsoPacket(endpoint=endpoint, data=data))
         reported, stream.reported = stream.reported, Status.SUCCESS
         return reported
 
@@ -454,10 +489,16 @@ class Exchange:
     def _on_hello(self, packet: Hello) -> None:
         self.host_version = packet.version
         self._senders = {}
-        if self._rules:
+        if self._rules and not self.parser.peer_has_capability(Capability.FILTER):
+            self._log(LogLevel.WARNING, "the host knows no filters: it is not told which devices are wanted")
+        elif self._rules:
             self.parser.send(FilterFilter(rules=tuple(self._rules)))
 
     def _on_connect(self, packet: DeviceConnect) -> None:
+        if self.device is not None:  # a host that does not tell when a device goes
+            interfaces, endpoints = self.interfaces, self.endpoints
+            self._lose("the host has announced another device")
+            self.interfaces, self.endpoints = interfaces, endpoints
         self.device = packet
         self.disconnected = False
 
@@ -482,7 +523,9 @@ class Exchange:
             else:
                 pending = None
         if pending is None:
-            self._log(LogLevel.WARNING, f"an answer that nobody waits for, dropped: {packet!r}")
+            self._unasked += 1
+            if self._unasked <= MOST_COMPLAINTS:
+                self._log(LogLevel.WARNING, f"an answer that nobody waits for, dropped: {packet!r}")
             return
         if pending.cancelled_as is not None and packet.status == Status.CANCELLED:
             pending.succeed(pending.request.given_up(pending.cancelled_as, packet.data))
@@ -495,14 +538,14 @@ class Exchange:
             self._on_stream_answer(pending, packet)
         elif packet.status != Status.SUCCESS and (stream := self.streams.get(packet.endpoint)) is not None:
             if packet.endpoint & 0x80 or packet.status == Status.STALL:
-                stream.ended = packet.status
+                stream.end(packet.status)
             else:
                 stream.reported = packet.status  # an OUT stream goes on after an error
 
     def _stream_request(self, packet: StreamStatus) -> Pending[int] | None:
         """The start or stop that *packet* answers.
 
-        A host whose first transfer fails answers with the transfer's id, not with the request's.
+        A host whose first transfer fails answers a start with the transfer's id, not with the request's.
         """
         pending = self._pending.get(packet.id)
         if pending is not None and isinstance(pending.request, StreamRequest):
@@ -511,25 +554,25 @@ class Exchange:
             return None
         with self._lock:
             for pending in self._pending.values():
-                if isinstance(pending.request, StreamRequest) and pending.request.endpoint == packet.endpoint:
+                request = pending.request
+                if isinstance(request, StreamRequest) and request.shape.stop and request.endpoint == packet.endpoint:
                     return pending
         return None
 
     def _on_stream_answer(self, pending: Pending[int], packet: StreamStatus) -> None:
         if not self._remove(pending):
             return  # given up in this moment
-        assert isinstance(pending.request, StreamRequest)
-        stream = self.streams.get(packet.endpoint)
-        if packet.status == Status.SUCCESS and pending.request.shape.starts:
-            if stream is not None:
-                stream.started = True
-        elif packet.status == Status.SUCCESS:
-            if stream is not None and stream.stopping:  # not one that was started meanwhile
+        stream, good = self.streams.get(packet.endpoint), packet.status == Status.SUCCESS
+        if pending.request.shape.stop:
+            if not good:
+                self._forget_start(pending.request)
+            elif stream is not None and stream.phase is Phase.STARTING:
+                stream.phase = Phase.RUNNING
+        elif stream is not None and stream.phase is not Phase.STARTING:  # not one that was started meanwhile
+            if good:
                 self._drop_stream(packet.endpoint)
-        else:
-            self._forget_stream(pending.request)
-            if stream is not None:
-                stream.stopping = False
+            elif stream.phase is Phase.STOPPING:
+                stream.phase = Phase.RUNNING
         pending.succeed(packet.status)
 
     def _on_interrupt(self, packet: InterruptPacket) -> None:
@@ -542,10 +585,10 @@ class Exchange:
         cost = len(packet.data) + PACKET_COST
         with self._lock:
             stream = self.streams.get(packet.endpoint)
-            if stream is None or stream.overflow:
-                return  # still under way when the stream was stopped, or nobody takes it
+            if stream is None or stream.phase in (Phase.STARTING, Phase.ENDED):
+                return  # still under way when a stream was stopped, or nobody takes it
             if self.backlog + cost > MAX_BACKLOG:
-                stream.overflow = True
+                stream.end(None)
                 return
             self.backlog += cost
             stream.waiting.append(packet)

@@ -147,10 +147,14 @@ class Guest:
 
     def wait_for_device(self, timeout: float | None = None) -> DeviceConnect:
         """The device, as soon as the host has announced one. Raises TimeoutError."""
-        if not self._until(lambda: self._exchange.device is not None, timeout):
-            raise TimeoutError("the host has announced no device in time")
-        device = self._exchange.device
-        return self.wait_for_device(timeout) if device is None else device  # it may have gone again
+        limit = None if timeout is None else time.monotonic() + timeout
+        while True:
+            remaining = None if limit is None else limit - time.monotonic()
+            if not self._until(lambda: self._exchange.device is not None, remaining):
+                raise TimeoutError("the host has announced no device in time")
+            device = self._exchange.device
+            if device is not None:  # it may have gone again
+                return device
 
     def wait_for_disconnect(self, timeout: float | None = None) -> None:
         """Return when the device is gone. Raises TimeoutError."""
@@ -280,9 +284,10 @@ class Guest:
 
     def _pipeline(self, wanted: Iterator[Request[T]], depth: int) -> Iterator[T]:
         start = self._exchange.start
-        flying = deque(start(request) for request in islice(wanted, depth))
-        self._flush()
+        flying: deque[Pending[T]] = deque()
         try:
+            for request in islice(wanted, depth):
+                flying.append(start(request))
             while flying:
                 first = flying[0]
                 if not first.done:
@@ -309,8 +314,8 @@ class Guest:
         """
         exchange = self._exchange
         stream = exchange.stream(endpoint)
-        gone = exchange.streams
-        in_time = self._until(lambda: stream.has_news or gone.get(endpoint) is not stream, timeout)
+        present = exchange.streams
+        in_time = self._until(lambda: stream.has_news or present.get(endpoint) is not stream, timeout)
         result = exchange.take(endpoint, stream)
         if self._thread is not None and exchange.backlog < HIGH_BACKLOG:
             self._tell()  # it may have stopped reading
@@ -320,8 +325,10 @@ class Guest:
             raise LocalProtocolError(f"the stream on endpoint 0x{endpoint:02x} was stopped")
         return TransferResult(Status.TIMEOUT)
 
-    def iso_out(self, endpoint: int, data: bytes | bytearray | memoryview) -> int:
+    def iso_out(self, endpoint: int, data: bytes | bytearray | memoryview, *, timeout: float | None = None) -> int:
         """Send one packet of an isochronous stream; waits while too many are unwritten.
+
+        Status TIMEOUT when that takes longer than *timeout* seconds; the packet stays queued.
 
         There is no answer: the last failure that the host told of on this endpoint, or SUCCESS. The host takes
         packets at the device's pace and drops what its buffer cannot hold: send as fast as the device consumes.
@@ -329,8 +336,8 @@ class Guest:
         status = self._exchange.iso_out(endpoint, data)
         self._flush()
         has_output = self._exchange.has_output
-        if has_output() > ISO_PACKETS_AHEAD:
-            self._until(lambda: has_output() <= ISO_PACKETS_AHEAD, None)
+        if not self._until(lambda: has_output() <= ISO_PACKETS_AHEAD, timeout):
+            return Status.TIMEOUT
         return status
 
     # ------------------------------------------------------------ waiting

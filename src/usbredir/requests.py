@@ -82,7 +82,7 @@ class Shape:
         packet_type: their class.
         names: the fields that a request gives beside the id; the others have their defaults.
         answers: classes of packets that may answer them.
-        starts: they start a stream.
+        stop: they start a stream; what stops it again.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class Shape:
         packet_type: type[Packet],
         *names: str,
         answers: tuple[type[Packet], ...] = (),
-        starts: bool = False,
+        stop: Callable[..., Packet] | None = None,
     ) -> None:
         self.packet_type = packet_type
         self.names = names
         self.answers = answers or (packet_type,)
-        self.starts = starts
+        self.stop = stop
 
 
 class Request(Generic[T]):
@@ -180,7 +180,7 @@ class TransferRequest(Request[TransferResult]):
 
     def given_up(self, status: Status, data: Data = b"") -> TransferResult:
         """The result of a transfer that was cancelled."""
-        return TransferResult(status, data)
+        return TransferResult(status, data[: self.values[1]] if self.values[0] & 0x80 else b"")
 
 
 class _DescriptorRequest(Request[bytes]):
@@ -206,13 +206,18 @@ CONTROL_OUT = Shape(ControlPacket, "endpoint", "data", "requesttype", "request",
 BULK_IN = Shape(BulkPacket, "endpoint", "length", "stream_id")
 BULK_OUT = Shape(BulkPacket, "endpoint", "data", "stream_id")
 INTERRUPT_OUT = Shape(InterruptPacket, "endpoint", "data")
-START_INTERRUPT = Shape(StartInterruptReceiving, "endpoint", answers=STREAM_ANSWERS, starts=True)
+START_INTERRUPT = Shape(StartInterruptReceiving, "endpoint", answers=STREAM_ANSWERS, stop=StopInterruptReceiving)
 STOP_INTERRUPT = Shape(StopInterruptReceiving, "endpoint", answers=STREAM_ANSWERS)
 START_BULK = Shape(
-    StartBulkReceiving, "endpoint", "bytes_per_transfer", "no_transfers", answers=STREAM_ANSWERS, starts=True
+    StartBulkReceiving,
+    "endpoint",
+    "bytes_per_transfer",
+    "no_transfers",
+    answers=STREAM_ANSWERS,
+    stop=StopBulkReceiving,
 )
 STOP_BULK = Shape(StopBulkReceiving, "endpoint", answers=STREAM_ANSWERS)
-START_ISO = Shape(StartIsoStream, "endpoint", "pkts_per_urb", "no_urbs", answers=STREAM_ANSWERS, starts=True)
+START_ISO = Shape(StartIsoStream, "endpoint", "pkts_per_urb", "no_urbs", answers=STREAM_ANSWERS, stop=StopIsoStream)
 STOP_ISO = Shape(StopIsoStream, "endpoint", answers=STREAM_ANSWERS)
 ALLOC_STREAMS = Shape(AllocBulkStreams, "endpoints", "no_streams", answers=(BulkStreamsStatus,))
 FREE_STREAMS = Shape(FreeBulkStreams, "endpoints", answers=(BulkStreamsStatus,))
