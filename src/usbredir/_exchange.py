@@ -272,7 +272,8 @@ class Exchange:
         and what ended the connection.
         """
         with self._lock:
-            self._check()
+            if self.error is not None or self.device is None:
+                self._check()
             number = next(self._numbers) & ID_MASK
             while not number or number in self._pending:
                 number = next(self._numbers) & ID_MASK

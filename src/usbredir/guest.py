@@ -295,7 +295,9 @@ class Guest:
                     self._until(lambda first=first: first.done, None)  # type: ignore[misc]
                 flying.popleft()
                 yield first.result()
-                flying.extend(start(request) for request in islice(wanted, 1))
+                for request in wanted:
+                    flying.append(start(request))
+                    break
         finally:
             for pending in flying:
                 if not pending.done:
