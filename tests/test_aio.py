@@ -38,6 +38,7 @@ from usbredir.packets import (
     BufferedBulkPacket,
     BulkPacket,
     BulkReceivingStatus,
+    CancelDataPacket,
     ConfigurationStatus,
     ControlPacket,
     DeviceConnect,
@@ -406,6 +407,25 @@ async def test_isochronous_out() -> None:
         assert await guest.stop_iso_stream(ISO_OUT) == Status.SUCCESS
 
 
+@in_loop
+async def test_isochronous_out_does_not_wait_for_ever() -> None:
+    """For room: the packet stays queued, and leaves as soon as the transport takes it."""
+    async with prey() as (guest, raw):
+        raw.answer = lambda request: [IsoStreamStatus(id=request.id, endpoint=4)]
+        await guest.start_iso_stream(4)
+        raw.answer = lambda request: ()
+        raw.deliver_to.pause_writing()
+        before, most = len(raw.requests), blocking.ISO_PACKETS_AHEAD
+        statuses = [await guest.iso_out(4, bytes([number]), timeout=MOMENT) for number in range(most + 2)]
+        assert statuses == [Status.SUCCESS] * most + [Status.TIMEOUT] * 2
+        raw.deliver_to.resume_writing()
+        assert await guest.iso_out(4, b"last", timeout=PATIENCE) == Status.SUCCESS
+        while len(raw.requests) < before + most + 3:
+            await asyncio.sleep(0)
+        sent = [packet.data for packet in raw.requests[before:] if isinstance(packet, IsoPacket)]
+        assert sent == [*(bytes([number]) for number in range(most + 2)), b"last"]
+
+
 # ================================================================ against a host that is only a parser
 
 
@@ -548,6 +568,34 @@ async def test_requests_that_are_never_answered(monkeypatch: pytest.MonkeyPatch)
             await guest.start_interrupt_receiving(0x83, timeout=MOMENT)
         assert not guest._exchange.busy
         assert not guest._exchange.streams
+
+
+def cancelled(request: Packet) -> Iterable[Packet]:
+    """What a host says when a bulk transfer is cancelled, nothing otherwise."""
+    if isinstance(request, CancelDataPacket):
+        yield BulkPacket(id=request.id, endpoint=0x82, status=Status.CANCELLED)
+
+
+@in_loop
+async def test_a_deadline_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop is told what went wrong, and the next deadline is kept."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    async with prey() as (guest, raw):
+        raw.answer = cancelled
+        expire = guest._exchange.expire
+
+        def fail_once() -> None:
+            monkeypatch.setattr(guest._exchange, "expire", expire)
+            expire()
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(guest._exchange, "expire", fail_once)
+        first = guest.submit(requests.bulk_in(0x82, 64, timeout=MOMENT))
+        second = guest.submit(requests.bulk_in(0x82, 64, timeout=2 * MOMENT))
+        for future in (first, second):
+            assert (await asyncio.wait_for(future, PATIENCE)).status == Status.TIMEOUT
+    assert [type(complaint["exception"]) for complaint in complaints] == [ZeroDivisionError]
 
 
 @pytest.mark.parametrize("end", ["eof", "lost", "reset", "garbage", "closed"])
@@ -964,6 +1012,66 @@ async def test_what_ends_a_session_is_told(
                     await use(str(server.address))
     assert [type(end) for end in ends] == [error, error]
     assert sum("session has ended" in record.message for record in caplog.records) == 2
+
+
+class NotReleased(LoopbackDevice):
+    """A device whose hook fails when it is released."""
+
+    leaving = False
+
+    def began(self) -> None:
+        if self.leaving:
+            raise RuntimeError("cannot be released")
+        super().began()
+
+
+@in_loop
+async def test_what_was_made_is_closed_whatever_else_fails() -> None:
+    """Also when the host cannot release it, or cannot write."""
+    made: list[NotReleased] = []
+    ends: list[Exception | None] = []
+
+    def make() -> NotReleased:
+        made.append(NotReleased())
+        return made[-1]
+
+    async with await aio.serve(make, "127.0.0.1:0", on_end=ends.append) as server:
+        for _ in range(2):
+            async with aio.connect(str(server.address)) as guest:
+                await guest.wait_for_device(PATIENCE)
+                made[-1].leaving = True
+            while len(ends) < len(made):
+                await asyncio.sleep(0)
+    assert [str(end) for end in ends] == ["cannot be released"] * 2
+    assert [device.pollfds() for device in made] == [[], []]  # closed
+
+
+@in_loop
+async def test_a_device_is_released_also_when_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[bool] = []
+    device = LoopbackDevice()
+
+    def fail() -> None:
+        raise RuntimeError("cannot write")
+
+    async with linked(device) as (session, _):
+        monkeypatch.setattr(session.host, "write_guest_data", fail)
+        monkeypatch.setattr(device, "release", lambda *arguments, **options: released.append(True))
+        session.close()
+        assert released == [True]
+        assert str(session.error) == "cannot write"
+
+
+@in_loop
+async def test_tcp_is_kept_alive() -> None:
+    """At both ends: a guest that has vanished must not occupy a server for ever."""
+    async with await aio.serve(LoopbackDevice, "127.0.0.1:0") as server, aio.connect(str(server.address)) as guest:
+        await guest.wait_for_device(PATIENCE)
+        assert server.session is not None
+        for stream in (server.session._stream, guest._stream):
+            assert stream._transport is not None
+            sock = stream._transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
 @in_loop

@@ -25,8 +25,8 @@ PATIENCE = 60.0
 """Seconds that an interpreter may take on a busy machine."""
 
 LAYERS: dict[int, str] = {
-    0: "_startup proto errors locking _redirection virtual.medium virtual.fat virtual.control virtual.microsoft "
-    "backends",
+    0: "_startup proto errors locking _keep_alive _redirection virtual.medium virtual.fat virtual.control "
+    "virtual.microsoft backends",
     1: "capabilities limits filter device _state backends._libusb backends._raw_descriptors "
     "backends._system backends._completions backends._exit",
     2: "_layout descriptors virtual.declare virtual.scsi backends._native backends._backend _channel "
@@ -62,6 +62,7 @@ TESTED_ELSEWHERE = {
     "_aio_stream": ("test_aio.py", "what both halves of aio stand on"),
     "_exchange": ("test_guest.py", "the protocol below Guest; with asyncio in test_aio"),
     "requests": ("test_guest.py", "each is a call of a guest"),
+    "_keep_alive": ("test_transport.py", "options of connections; with asyncio in test_aio"),
     "_link": ("test_host.py", "what hosts and guests hand to their parser"),
     "_framing": (
         "test_parser.py",

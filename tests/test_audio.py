@@ -401,6 +401,26 @@ def test_a_file_gets_what_is_played(tmp_path: Path) -> None:
         assert file.readframes(441) == content
 
 
+def test_a_file_that_is_full(tmp_path: Path) -> None:
+    """Its header counts with 32 bits; the rest is lost, and the file is right."""
+    path = tmp_path / "played.wav"
+    speaker = AudioSink(path, clock=Time())
+    start(speaker)
+    play(speaker, [b"abcd"])
+    file: Any = speaker._file
+    most = speaker._file_room
+    file._datawritten += most - 8  # as if it had been played
+    speaker._file_room = 8
+    play(speaker, [b"efgh", b"ijklmn", b"opqr"])
+    assert speaker.dropped == 6
+    speaker.close()
+    content = path.read_bytes()
+    assert content[44:] == b"abcdefghijkl"
+    riff, samples = struct.unpack("<I32xI", content[4:44])
+    assert riff == samples + 36 == 0xFFFFFFFF - 3  # whole samples of both channels
+    assert samples % 4 == 0
+
+
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         AudioSink(tmp_path / "missing" / "played.wav")

@@ -534,6 +534,37 @@ def test_closing_ends_coroutines(opened: Opened) -> None:
     hardly.close()
 
 
+def test_a_coroutine_that_does_not_end_is_left_alone(
+    opened: Opened, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "END_LIMIT", 0.05)
+    over = False
+    begun = threading.Event()
+
+    async def stubborn() -> None:
+        begun.set()
+        while not over:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.001)
+
+    device = opened(small(), stubborn())
+    control(device, 0x80, 6, 0x0100, 0, length=18)
+    assert begun.wait(PATIENCE)
+    assert device._beside is not None
+    thread = device._beside._thread
+    closing = threading.Thread(target=device.close, daemon=True)
+    closing.start()
+    closing.join(PATIENCE)
+    try:
+        assert not closing.is_alive()
+        assert thread.is_alive()
+        assert "a coroutine of Small goes on although it was cancelled" in caplog.text
+    finally:
+        over = True
+        thread.join(PATIENCE)
+        closing.join(PATIENCE)
+
+
 def test_a_coroutine_that_fails_is_told(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
     others: list[str] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
 import re
@@ -517,6 +518,38 @@ def test_a_lost_device_turns_guests_away(device: LoopbackDevice) -> None:
                 pytest.raises((ConnectionClosed, ConnectionError)),
             ):
                 guest.wait_for_device(PATIENCE)
+
+
+def test_a_guest_that_is_none_is_sent_away(device: LoopbackDevice) -> None:
+    """The next one is served, and nothing is said of it."""
+    with Server(device) as server:
+        with connect(server.address) as stranger:
+            stranger.write(memoryview(b"GET / HTTP/1.0\r\n\r\n" * 20))
+            with contextlib.suppress(ConnectionError):
+                while stranger.read(4096) != b"":
+                    stranger.wait(PATIENCE, writing=False)
+        with connect(server.address) as connection, Guest(GuestConnection(connection)) as guest:
+            guest.wait_for_device(PATIENCE)
+            assert guest.bulk_in(0x82, 8).status == Status.SUCCESS
+
+
+def test_an_error_of_the_system_ends_one_session() -> None:
+    """It may be one of a hook, so close() raises it, but the next guest is served."""
+
+    class Unreadable(LoopbackDevice):
+        def data_in(self, endpoint: int, length: int) -> Answer:
+            raise FileNotFoundError("samples.wav")
+
+    with Unreadable() as broken:
+        server = Server(broken)
+        for _ in range(2):
+            with connect(server.address) as connection, Guest(GuestConnection(connection)) as guest:
+                guest.wait_for_device(PATIENCE)
+                with pytest.raises((ConnectionClosed, ConnectionError)):
+                    guest.bulk_in(0x82, 8, timeout=PATIENCE)
+        with pytest.raises(FileNotFoundError):
+            server.close()
+        server.close()
 
 
 def test_what_a_hook_raises_is_raised_once(device: LoopbackDevice) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from usbredir import _keep_alive
 from usbredir.errors import (
     ConnectionClosed,
     DeviceError,
@@ -229,14 +230,32 @@ def socket_option(connection: Connection, level: int, option: int) -> int:
 
 
 def test_tcp_does_not_hold_back_small_packets() -> None:
-    """TCP_NODELAY on both ends; keep-alive only when asked for."""
     with listen("127.0.0.1:0") as listener:
         for connection in joined(listener):
             with connection:
                 assert socket_option(connection, socket.IPPROTO_TCP, socket.TCP_NODELAY)
-                assert not socket_option(connection, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-                connection.keep_alive()
+
+
+def test_every_tcp_connection_is_kept_alive() -> None:
+    """On both ends, without being asked for: a peer that has vanished must not stay for ever."""
+    with listen("127.0.0.1:0") as listener:
+        for connection in joined(listener):
+            with connection:
                 assert socket_option(connection, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_connections_that_cannot_be_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are used without."""
+
+    def refuse(sock: socket.socket) -> None:
+        raise OSError("not here")
+
+    monkeypatch.setattr(_keep_alive, "keep_alive", refuse)
+    with listen("127.0.0.1:0") as listener:
+        near, far = joined(listener)
+        with near, far:
+            near.write(memoryview(b"works"))
+            assert read_all(far, 5) == b"works"
 
 
 def test_names_of_peers() -> None:
@@ -265,9 +284,10 @@ def test_how_a_dead_peer_is_found() -> None:
     with listen("127.0.0.1:0") as listener:
         near, far = joined(listener)
         with near, far:
+            options = [getattr(socket, f"TCP_{name}") for name in ("KEEPIDLE", "KEEPINTVL", "KEEPCNT", "USER_TIMEOUT")]
+            assert [socket_option(near, socket.IPPROTO_TCP, option) for option in options] == [30, 10, 3, 0]
             near.keep_alive(idle=7)
             far.keep_alive(unanswered=2.5)
-            options = [getattr(socket, f"TCP_{name}") for name in ("KEEPIDLE", "KEEPINTVL", "KEEPCNT", "USER_TIMEOUT")]
             assert [socket_option(near, socket.IPPROTO_TCP, option) for option in options] == [7, 10, 3, 0]
             assert [socket_option(far, socket.IPPROTO_TCP, option) for option in options] == [30, 10, 3, 2500]
 
@@ -739,6 +759,22 @@ def test_a_session_step_by_step(ends: tuple[Connection, Connection], device: Loo
             session.step({far.fileno(): POLLIN})
     session.close()
     session.close()
+
+
+def test_a_session_releases_its_device_whatever_writing_raises(
+    ends: tuple[Connection, Connection], device: LoopbackDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[bool] = []
+    session = Session(ends[0], device)
+
+    def fail() -> None:
+        raise RuntimeError("cannot write")
+
+    monkeypatch.setattr(session.host, "write_guest_data", fail)
+    monkeypatch.setattr(device, "release", lambda *arguments, **options: released.append(True))
+    with pytest.raises(RuntimeError, match="cannot write"):
+        session.close()
+    assert released == [True]
 
 
 def test_serving_can_be_stopped(listener: Listener, device: LoopbackDevice) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable
 from types import TracebackType
@@ -165,10 +166,11 @@ class Session:
         if self._next_step is not None:
             self._next_step.cancel()
         try:
-            self.host.write_guest_data()
-            self.host.close()
-            if self._made is not None:
-                self._made.close()
+            with contextlib.ExitStack() as steps:  # from the last one on, whatever the others raise
+                if self._made is not None:
+                    steps.callback(self._made.close)
+                steps.callback(self.host.close)
+                self.host.write_guest_data()
         except Exception as problem:  # of the device: the connection ends all the same
             self.error = error = error or problem
         self._stream.close()

@@ -7,9 +7,11 @@ wait: the transport is paused while something is left to read, and nothing is gi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from ._keep_alive import keep_alive
 from .guest import CLOSE_PATIENCE
 from .host import HostCallbacks
 from .parser import LogLevel
@@ -114,6 +116,10 @@ class TransportStream(HostCallbacks, asyncio.BufferedProtocol):
         if self.closed.is_set():  # closed before
             transport.abort()
             return
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            with contextlib.suppress(OSError):  # it goes without
+                keep_alive(sock)
         self._transport = transport
         self._writable = True
         self._moved()

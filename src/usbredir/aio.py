@@ -265,15 +265,21 @@ class Guest:
         streams = self._exchange.streams
         return lambda: stream.has_news or streams.get(endpoint) is not stream
 
-    async def iso_out(self, endpoint: int, data: bytes | bytearray | memoryview) -> int:
+    async def iso_out(
+        self, endpoint: int, data: bytes | bytearray | memoryview, *, timeout: float | None = None
+    ) -> int:
         """Send one packet of an isochronous stream; waits while too many are unwritten.
+
+        Status TIMEOUT when that takes longer than *timeout* seconds; the packet stays queued.
 
         There is no answer: the last failure that the host told of on this endpoint, or SUCCESS. The host takes
         packets at the device's pace and drops what its buffer cannot hold: send as fast as the device consumes.
         """
         status = self._exchange.iso_out(endpoint, data)
         self._write()
-        await self._until(lambda: self._exchange.has_output() <= ISO_PACKETS_AHEAD, None)
+        has_output = self._exchange.has_output
+        if status == Status.SUCCESS and not await self._until(lambda: has_output() <= ISO_PACKETS_AHEAD, timeout):
+            return Status.TIMEOUT
         return status
 
     def interrupts(self, endpoint: int) -> AsyncGenerator[TransferResult, None]:
@@ -374,12 +380,14 @@ class Guest:
 
     def _expire(self) -> None:
         self._timer, self._due = None, math.inf
-        self._exchange.expire()
-        deadline = self._exchange.next_deadline()
-        if deadline is not None:
-            self._call_at(deadline)
-        self._tell()
-        self._write()
+        try:
+            self._exchange.expire()
+        finally:  # the other requests have their deadlines all the same
+            deadline = self._exchange.next_deadline()
+            if deadline is not None:
+                self._call_at(deadline)
+            self._tell()
+            self._write()
 
     # ------------------------------------------------------------ bytes
 

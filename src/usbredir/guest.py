@@ -338,7 +338,7 @@ class Guest:
         status = self._exchange.iso_out(endpoint, data)
         self._flush()
         has_output = self._exchange.has_output
-        if not self._until(lambda: has_output() <= ISO_PACKETS_AHEAD, timeout):
+        if status == Status.SUCCESS and not self._until(lambda: has_output() <= ISO_PACKETS_AHEAD, timeout):
             return Status.TIMEOUT
         return status
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from . import _keep_alive
 from .device import UsbDevice
 from .errors import ConnectionClosed
 from .guest import GuestCallbacks
@@ -55,12 +56,6 @@ CONNECT_TIMEOUT = 10.0
 """Seconds that connecting may take."""
 TURNED_AWAY = "another guest from {} was turned away: one at a time"
 """What is logged of a guest that comes while another is served."""
-KEEP_ALIVE_IDLE = 30
-"""Seconds of silence before the first keep-alive probe."""
-KEEP_ALIVE_INTERVAL = 10
-"""Seconds between probes."""
-KEEP_ALIVE_PROBES = 3
-"""Probes without answer after which the peer is gone."""
 BACKLOG = 8
 """Connections that may wait to be accepted."""
 
@@ -123,6 +118,8 @@ class Waker:
 class Connection:
     """A connected socket, not blocking, as the callbacks of parsers want it. Owns the socket.
 
+    TCP keep-alive is on, as :meth:`keep_alive` has it without arguments, where the system lets it.
+
     Threads: one reader, one writer.
     """
 
@@ -131,6 +128,8 @@ class Connection:
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             # Replies are small and awaited: never hold them back to fill a segment.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # of no use to those who go on without
+            _keep_alive.keep_alive(sock)
         self.name = name
         self.bytes_received = 0
         self.bytes_sent = 0
@@ -142,24 +141,15 @@ class Connection:
         self.fileno: Callable[[], int] = sock.fileno
         """The descriptor, for polling; -1 when closed. The socket's own method: it is asked for in every round."""
 
-    def keep_alive(self, *, idle: int = KEEP_ALIVE_IDLE, unanswered: float | None = None) -> None:
-        """Let the system find out when the peer's machine is gone; nothing to do for Unix sockets.
+    def keep_alive(self, *, idle: int = _keep_alive.IDLE, unanswered: float | None = None) -> None:
+        """Choose when the system finds out that the peer's machine is gone; nothing to do for Unix sockets.
 
         idle: seconds of silence before probes are sent (SO_KEEPALIVE). unanswered: seconds that sent data may stay
         unacknowledged before the connection counts as broken, also when the peer is there but reads nothing, such
         as a paused virtual machine; None: as long as the system likes, often 15 minutes. Where the system has no
-        such options, its own times hold.
+        such options, its own times hold. Raises OSError.
         """
-        if self._socket.family not in (socket.AF_INET, socket.AF_INET6):
-            return
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        values = {"TCP_KEEPIDLE": idle, "TCP_KEEPINTVL": KEEP_ALIVE_INTERVAL, "TCP_KEEPCNT": KEEP_ALIVE_PROBES}
-        if unanswered is not None:
-            values["TCP_USER_TIMEOUT"] = int(unanswered * 1000)
-        for name, value in values.items():
-            option = getattr(socket, name, None)
-            if option is not None:
-                self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
+        _keep_alive.keep_alive(self._socket, idle=idle, unanswered=unanswered)
 
     def read(self, count: int) -> bytes | None:
         """Up to *count* bytes; None: nothing there now; b"": end of the stream."""
@@ -562,9 +552,11 @@ class Session:
 
     def close(self, *, give_back: bool = True) -> None:
         """Release the device; what is queued is written as far as the socket takes it. Idempotent."""
-        with contextlib.suppress(OSError):
-            self.host.write_guest_data()
-        self.host.close(give_back=give_back)
+        try:
+            with contextlib.suppress(OSError):
+                self.host.write_guest_data()
+        finally:
+            self.host.close(give_back=give_back)
 
 
 def serve(

@@ -6,7 +6,7 @@ import threading
 from types import TracebackType
 
 from ..device import UsbDevice
-from ..errors import ConnectionClosed, DeviceError
+from ..errors import ConnectionClosed, DeviceError, RemoteProtocolError
 from ..transport import Connection, Poller, Session, Waker, listen
 from ._packet_log import PacketLog
 
@@ -25,7 +25,8 @@ class Server:
         address: ``127.0.0.1:port``.
 
     The device starts anew when a guest leaves, as it does for :func:`usbredir.transport.serve`. When it is lost guests
-    are turned away. What a hook of the device raises ends the service, and is raised by :meth:`close`.
+    are turned away. A guest that breaks the protocol loses its connection, the next one is served. What a hook of the
+    device raises is raised by :meth:`close`, and ends the service, unless it is an OSError.
 
     Threads: any.
     """
@@ -80,8 +81,10 @@ class Server:
             self._log.attach(connection)
         try:
             self._run_session(Session(connection, self.device))
-        except (ConnectionClosed, ConnectionError, DeviceError):
-            pass  # the guest has left, perhaps in the middle of something, or the device is lost
+        except (ConnectionClosed, ConnectionError, RemoteProtocolError, DeviceError):
+            pass  # the guest has left, perhaps in the middle of something, or is none, or the device is lost
+        except OSError as error:  # of the connection or of a hook: nobody can tell
+            self._error = self._error or error
         except Exception as error:
             self._error = error
             self._stopping = True

@@ -59,6 +59,8 @@ DECIBEL = 256
 """Volumes are told in parts of a decibel."""
 SETS_RATE = bytes((7, 0x25, 1, 0x01, 0, 0, 0))
 """Class-specific descriptor of an endpoint that knows SAMPLING_FREQUENCY. Source: UAC, 4.6.1.2."""
+WAVE_LIMIT = 0xFFFFFFFF - 36
+"""Bytes of samples in a WAV file: its header counts them, and its other 36 bytes, with 32 bits."""
 VOLUMES = {LEAST: -60 * DECIBEL, MOST: 0, STEP: DECIBEL}
 
 
@@ -247,7 +249,8 @@ class AudioSink(_Audio):
     comes while the guest does not play.
 
     Args:
-        wav: path of a WAV file to write, complete when the device is closed; None: for :meth:`read`.
+        wav: path of a WAV file to write, complete when the device is closed; None: for :meth:`read`. It takes 4 GiB,
+            six hours at 48 kHz in stereo; what comes then is lost.
         rate: samples per second.
         channels: 1 or 2.
         speed: FULL (default) or HIGH.
@@ -281,11 +284,12 @@ class AudioSink(_Audio):
         self._dropped = 0
         self._over = False
         super().__init__(rate, channels, speed, clock)
+        self._file_room = WAVE_LIMIT // self._frame * self._frame
         self._file = None if wav is None else _create_wave(wav, rate, channels)
 
     @property
     def dropped(self) -> int:
-        """Bytes that were lost because nobody read them."""
+        """Bytes that were lost because nobody read them, or the file was full."""
         return self._dropped
 
     def read(self, size: int, timeout: float | None = None) -> bytes:
@@ -304,7 +308,10 @@ class AudioSink(_Audio):
     def played(self, data: Payload) -> None:
         """A packet of the guest: the samples of about a millisecond. In the thread that handles events."""
         if self._file is not None:
-            self._file.writeframesraw(data)
+            taken = data[: self._file_room]
+            self._file.writeframesraw(taken)
+            self._file_room -= len(taken)
+            self._dropped += len(data) - len(taken)
             return
         with self._came:
             room = self.buffer_limit - len(self._waiting)

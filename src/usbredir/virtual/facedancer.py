@@ -48,6 +48,8 @@ HALTS = {GET_STATUS, CLEAR_FEATURE, SET_FEATURE}
 """Requests that are about halts when they go to endpoints; boards know halts, devices hardly do."""
 POLL = 0.002
 """Seconds after which a device that had no data is asked again: most do not tell when they have some."""
+END_LIMIT = 5.0
+"""Seconds that coroutines may take to end."""
 QUEUE_LIMIT = 64 << 20
 """Bytes of an endpoint that wait for the host."""
 SPEEDS: Mapping[str, Speed] = {
@@ -228,11 +230,14 @@ class FacedancerDevice(VirtualDevice):
         )
 
     def close(self) -> None:
-        """Close the device, end its coroutines and disconnect it. Idempotent."""
+        """Close the device, end its coroutines and disconnect it. Idempotent.
+
+        A coroutine that does not end in five seconds after it was cancelled is logged and left alone.
+        """
         super().close()
         beside, self._beside = self._beside, None
-        if beside is not None:
-            beside.end()
+        if beside is not None and not beside.end():
+            _log.warning("a coroutine of %s goes on although it was cancelled", type(self.device).__name__)
         for coroutine in self._waiting_coroutines:
             coroutine.close()
         self._waiting_coroutines = ()
@@ -424,12 +429,14 @@ class _Beside:
         for task in self._tasks:
             task.cancel()
 
-    def end(self) -> None:
-        """Cancel what runs, and wait for it."""
+    def end(self) -> bool:
+        """Cancel what runs, and wait for it. False: it takes too long."""
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._cancel)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        if threading.current_thread() is self._thread:
+            return True
+        self._thread.join(END_LIMIT)
+        return not self._thread.is_alive()
 
 
 def load(module: str, name: str) -> FacedancerDevice:
