@@ -950,6 +950,36 @@ class OddError(OSError):
         super().__init__(first)
 
 
+def test_after_a_refusal_requests_are_written_again(prey: Guest, raw: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that takes nothing is not asked again for every request, until somebody has waited."""
+    asked: list[int] = []
+    write = raw.write
+
+    def refuse(data: memoryview) -> None:
+        asked.append(len(data))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prey._exchange.parser._queue, "_write", refuse)
+        for _ in range(100):
+            prey.submit(requests.bulk_out(0x01, b"x"))
+    assert len(asked) == 1
+    raw.answer = lambda request: [reply_to(request)]
+    assert prey.bulk_out(0x01, b"x").status == Status.SUCCESS
+    prey.submit(requests.bulk_out(0x01, b"x"))
+    assert write == raw.write
+    assert prey.has_data_to_write() == 0
+
+
+def test_a_device_that_left_before_the_connection_ended(prey: Guest, raw: RawHost) -> None:
+    """The host has told so: waiting for it succeeds; after the end of the connection alone it does not."""
+    raw.send(DeviceDisconnect())
+    prey.process()
+    prey._exchange.fail(ConnectionClosed("gone"))
+    prey.wait_for_disconnect()
+    with pytest.raises(ConnectionClosed):
+        prey.wait_for_device()
+
+
 def test_errors_that_cannot_be_copied(prey: Guest, raw: RawHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """They end all requests all the same."""
 

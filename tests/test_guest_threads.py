@@ -28,7 +28,15 @@ from usbredir import guest as guest_module
 from usbredir.device import TransferResult
 from usbredir.errors import ConnectionClosed, LocalProtocolError, UsbRedirError
 from usbredir.guest import Guest
-from usbredir.packets import BufferedBulkPacket, BulkReceivingStatus, DeviceConnect, Packet, StartBulkReceiving
+from usbredir.packets import (
+    BufferedBulkPacket,
+    BulkReceivingStatus,
+    ConfigurationStatus,
+    DeviceConnect,
+    GetConfiguration,
+    Packet,
+    StartBulkReceiving,
+)
 from usbredir.parser import Parser, ParserCallbacks
 from usbredir.proto import Status
 from usbredir.testing import linked_pair
@@ -478,6 +486,29 @@ def test_data_that_nobody_takes_stays_outside(monkeypatch: pytest.MonkeyPatch, p
             assert guest._exchange.backlog <= high + SLACK
         sending.result(PATIENCE)
         assert guest._exchange.backlog == 0
+
+
+def test_a_future_is_answered_behind_data_that_nobody_takes(
+    monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
+) -> None:
+    """A background guest that had stopped reading reads on when something is asked, though no thread waits."""
+    monkeypatch.setattr(guest_module, "HIGH_BACKLOG", PIECE)
+    with silent_host(background=True) as (guest, host):
+        started = guest.submit(requests.start_bulk_receiving(SOURCE, PIECE))
+        host.send(BulkReceivingStatus(id=host.wait_for(StartBulkReceiving).id, endpoint=SOURCE))
+        assert started.result(PATIENCE) == Status.SUCCESS
+        piece = BufferedBulkPacket(endpoint=SOURCE, data=bytes(PIECE))
+        sending = pool.submit(host.send, *[piece] * 40)
+        end = time.monotonic() + PATIENCE
+        while guest._exchange.backlog <= PIECE:
+            assert time.monotonic() < end, "nothing is read"
+        answered = threading.Event()
+        future = guest.submit(requests.get_configuration())
+        future.add_done_callback(lambda future: answered.set())
+        sending.result(PATIENCE)
+        host.send(ConfigurationStatus(id=host.wait_for(GetConfiguration).id, configuration=1))
+        assert answered.wait(PATIENCE)
+        assert future.result(0) == (Status.SUCCESS, 1)
 
 
 def test_a_request_is_answered_behind_data_that_nobody_takes(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,21 +20,42 @@ import usb.util
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbredir import pyusb_backend
+from usbredir import _exchange, _pyusb_device
+from usbredir import guest as guest_module
 from usbredir._pyusb_descriptors import read_configuration, read_device
-from usbredir.errors import ConnectionClosed, LocalProtocolError
-from usbredir.guest import Guest
+from usbredir._pyusb_device import RemoteDevice
+from usbredir.errors import ConnectionClosed, DeviceLostError, LocalProtocolError
+from usbredir.guest import Guest, GuestCallbacks
 from usbredir.host import Host
-from usbredir.proto import Speed, Status
-from usbredir.pyusb_backend import get_backend
+from usbredir.packets import (
+    ConfigurationStatus,
+    ControlPacket,
+    DeviceConnect,
+    DeviceDisconnect,
+    EpInfo,
+    GetConfiguration,
+    InterruptPacket,
+    InterruptReceivingStatus,
+    IsoPacket,
+    IsoStreamStatus,
+    Packet,
+    StartInterruptReceiving,
+    StartIsoStream,
+    StopInterruptReceiving,
+    StopIsoStream,
+)
+from usbredir.parser import LogLevel, Parser
+from usbredir.proto import Speed, Status, TransferType, endpoint_index
+from usbredir.pyusb_backend import Backend, get_backend
 from usbredir.testing import linked_pair
-from usbredir.transport import HostConnection, listen, poll
+from usbredir.transport import HostConnection, connect, listen, poll
 from usbredir.virtual import NAK, STALL, Answer, LoopbackDevice, VirtualDevice, bulk_in, interface, interrupt_in
 from usbredir.virtual import interrupt_out as interrupt_out_endpoint
 from usbredir.virtual.control import Payload, Setup
 
 from .instruments import BenchmarkDevice
 from .pyusb_bed import PATIENCE, exported
+from .strategies import End
 
 LONG = int(PATIENCE * 1000)
 """Milliseconds for what is there at once, on a busy machine."""
@@ -425,6 +446,283 @@ def test_times_that_poll_cannot_count(bed: Bed) -> None:
     assert bed.device.read(0x81, 8, 0).tobytes() == b"x"
 
 
+# ================================================================ several users of one device
+
+
+USERS: dict[str, Callable[[Any], object]] = {
+    "opened": lambda device: device.ctrl_transfer(0x80, 8, 0, 0, 1),
+    "claimed": lambda device: usb.util.claim_interface(device, 0),
+}
+
+
+@pytest.mark.parametrize("use", USERS.values(), ids=USERS)
+def test_streams_go_on_while_somebody_uses_them(use: Callable[[Any], object]) -> None:
+    """Searching with custom_match makes objects that open the device and close it again."""
+    typist = Typist()
+    with joined(typist) as bed:
+        device, other = bed.device, bed.device
+        typist.types(b"first---second--third---")
+        assert device.read(0x81, 8, LONG).tobytes() == b"first---"
+        use(other)
+        usb.util.dispose_resources(other)
+        assert device.read(0x81, 8, LONG).tobytes() == b"second--"
+        usb.util.dispose_resources(device)
+        with pytest.raises(LocalProtocolError, match="start"):
+            bed.guest.receive(0x81, timeout=0)
+
+
+# ================================================================ hosts that are slow, or mean harm
+
+
+class Clock:
+    """Stands in for the module ``time``: passes only when somebody waits."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Script(GuestCallbacks):
+    """A host in memory that answers as *answers* say.
+
+    It sends what *idle* gives when somebody waits, and *flood* whenever somebody reads.
+
+    A call that would wait for ever, or for 100 s, loses the connection.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.end = End()
+        self.parser = Parser(self.end, usb_host=True)
+        self.idle: Callable[[], Packet | None] = lambda: None
+        self.flood: Iterator[Packet] = iter(())
+        self.blocked = False
+        self.asked: list[Packet] = []
+        self.answers: dict[type[Packet], Callable[[Any], Packet | None]] = {
+            GetConfiguration: lambda p: ConfigurationStatus(id=p.id, status=0, configuration=1),
+            ControlPacket: lambda p: p.replace(data=DESCRIPTOR[: p.length]),
+            StartIsoStream: lambda p: IsoStreamStatus(id=p.id, status=0, endpoint=p.endpoint),
+            StopIsoStream: lambda p: IsoStreamStatus(id=p.id, status=0, endpoint=p.endpoint),
+            StartInterruptReceiving: lambda p: InterruptReceivingStatus(id=p.id, status=0, endpoint=p.endpoint),
+            StopInterruptReceiving: lambda p: InterruptReceivingStatus(id=p.id, status=0, endpoint=p.endpoint),
+        }
+
+    def log(self, level: LogLevel, message: str) -> None:
+        pass
+
+    def read(self, count: int) -> bytes | None:
+        self.parser.do_write()
+        if not self.end.output:
+            self.send(next(self.flood, None))
+            self.parser.do_write()
+        piece = bytes(self.end.output[:count])
+        del self.end.output[:count]
+        return piece or (b"" if self.clock.now > 1100 else None)
+
+    def write(self, data: memoryview) -> int:
+        if self.blocked:
+            return 0
+        self.end.incoming += data
+        return len(data)
+
+    def wait(self, timeout: float | None, *, writing: bool) -> None:
+        self.parser.do_read()
+        news, self.end.received = self.end.received, []
+        for packet in news:
+            self.asked.append(packet)
+            self.send(self.answers.get(type(packet), lambda p: None)(packet))
+        if not (self.parser.has_data_to_write() or self.end.output):
+            told = self.idle()
+            self.send(told)
+            self.clock.now += 200 if timeout is None and told is None else 0.001 if told else timeout or 0.001
+
+    def send(self, packet: Packet | None) -> None:
+        if packet is not None:
+            self.parser.send(packet)
+
+    def count(self, kind: type[Packet]) -> int:
+        """Packets of this kind that came."""
+        return sum(isinstance(packet, kind) for packet in self.asked)
+
+
+DESCRIPTOR = bytes.fromhex("120100020000004009120200000100000001")
+KINDS = {0x81: TransferType.INTERRUPT, 0x83: TransferType.ISO, 0x03: TransferType.ISO}
+
+
+@contextlib.contextmanager
+def scripted(*, interval: int = 1) -> Iterator[tuple[Script, Backend]]:
+    """A host with a full-speed device with packets of 64 bytes; time is the host's."""
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock()
+        for module in (guest_module, _exchange, _pyusb_device):
+            patch.setattr(module, "time", clock)
+        script = Script(clock)
+        kinds = [TransferType.INVALID] * 32
+        for endpoint, kind in KINDS.items():
+            kinds[endpoint_index(endpoint)] = kind
+        with Guest(script) as guest:
+            guest.process()
+            script.parser.do_read()
+            script.send(
+                EpInfo(
+                    type=tuple(kinds),
+                    interval=(interval,) * 32,
+                    interface=(0,) * 32,
+                    max_packet_size=(64,) * 32,
+                    max_streams=(0,) * 32,
+                )
+            )
+            script.send(DeviceConnect(speed=Speed.FULL, vendor_id=0x1209))
+            guest.wait_for_device()
+            with get_backend(guest=guest) as backend:
+                yield script, backend
+
+
+def remote_of(backend: Backend) -> RemoteDevice:
+    return next(backend.enumerate_devices())
+
+
+FLOODS = {0x83: (IsoPacket(endpoint=0x83), 0), 0x81: (InterruptPacket(endpoint=0x81, data=bytes(64)), 64)}
+
+
+@pytest.mark.parametrize(("packet", "length"), FLOODS.values(), ids=map(hex, FLOODS))
+def test_a_time_is_over_whatever_the_host_sends(packet: IsoPacket | InterruptPacket, length: int) -> None:
+    """Also when the next packet is always there."""
+    with scripted() as (script, backend):
+        remote = remote_of(backend)
+        script.flood = iter([packet] * 100)
+        room = memoryview(bytearray(1 << 16))
+        read = remote.iso_in if packet.endpoint == 0x83 else remote.interrupt_in
+        assert read(packet.endpoint, room, 1.0) == (Status.TIMEOUT, length)
+        assert next(script.flood, None) is not None
+
+
+def test_a_stream_to_the_device_that_ends_is_an_error_and_begins_anew() -> None:
+    with scripted() as (script, backend):
+        remote = remote_of(backend)
+        assert remote.iso_out(0x03, bytes(128), 1.0) == (Status.SUCCESS, 128)
+        news = iter([IsoStreamStatus(endpoint=0x03, status=Status.STALL)])
+        script.idle = lambda: next(news, None)
+        assert remote.iso_out(0x03, bytes(128), 1.0) == (Status.STALL, 0)
+        assert remote.iso_out(0x03, bytes(128), 1.0) == (Status.SUCCESS, 128)
+        assert script.count(StartIsoStream) == 2
+
+
+def test_a_stream_that_ended_before_the_write() -> None:
+    """The time counts for what follows from it as well: this host does not answer."""
+    with scripted() as (script, backend):
+        remote = remote_of(backend)
+        remote.iso_out(0x03, bytes(64), 1.0)
+        script.send(IsoStreamStatus(endpoint=0x03, status=Status.STALL))
+        remote.check()
+        del script.answers[StopIsoStream]
+        begin = script.clock.now
+        assert remote.iso_out(0x03, bytes(64), 0.0) == (Status.STALL, 0)
+        assert script.clock.now - begin < 0.1
+        assert remote.iso_out(0x03, bytes(64), 1.0) == (Status.SUCCESS, 64)
+        begin = script.clock.now
+        with pytest.raises(TimeoutError):  # another shape: the old stream is stopped first
+            remote.iso_out(0x03, bytes(64 * 5), 1.0)
+        assert script.clock.now - begin == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_failure_of_packets_to_the_device_is_not_told() -> None:
+    with scripted() as (script, backend):
+        remote = remote_of(backend)
+        news = iter([IsoStreamStatus(endpoint=0x03, status=Status.IOERROR)])
+        script.idle = lambda: next(news, None)
+        for _ in range(2):
+            assert remote.iso_out(0x03, bytes(128), 1.0) == (Status.SUCCESS, 128)
+        assert script.count(StartIsoStream) == 1
+
+
+def test_a_long_interval_does_not_outlast_the_time() -> None:
+    """What was sent counts; the next write waits for its turn."""
+    with scripted(interval=12) as (script, backend):
+        remote, begin = remote_of(backend), script.clock.now
+        assert remote.iso_out(0x03, bytes(64), 0.2) == (Status.TIMEOUT, 64)
+        assert remote.iso_out(0x03, bytes(64), 0.2) == (Status.TIMEOUT, 0)
+        assert script.clock.now - begin == pytest.approx(0.4, abs=0.1)
+        assert remote.iso_out(0x03, bytes(64), None) == (Status.SUCCESS, 64)
+        assert script.clock.now - begin == pytest.approx(2 * 1.024, abs=0.1)
+        assert script.count(IsoPacket) == 2
+
+
+def test_writes_keep_the_pace_of_the_bus() -> None:
+    """On average, though every wait is late."""
+    with scripted() as (script, backend):
+        remote = remote_of(backend)
+        remote.iso_out(0x03, bytes(64), 1.0)
+        begin = script.clock.now
+        for _ in range(100):
+            remote.iso_out(0x03, bytes(64 * 10), 1.0)
+            script.clock.now += 0.0015
+        assert script.clock.now - begin == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_connection_that_takes_nothing_does_not_outlast_the_time() -> None:
+    with scripted() as (script, backend):
+        remote = remote_of(backend)
+        remote.iso_out(0x03, bytes(64 * 200), 1.0)
+        script.blocked, begin = True, script.clock.now
+        status, length = remote.iso_out(0x03, bytes(64 * 200), 1.0)
+        assert status == Status.TIMEOUT
+        assert 0 < length < 64 * 200
+        assert script.clock.now - begin == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_device_that_goes_during_a_write() -> None:
+    with scripted(interval=16) as (script, backend):
+        remote, begin = remote_of(backend), script.clock.now
+        script.idle = DeviceDisconnect
+        with pytest.raises(DeviceLostError):
+            remote.iso_out(0x03, bytes(64), None)
+        assert script.clock.now - begin < 0.1
+
+
+def test_closing_ends_a_write(at_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the bus meanwhile."""
+    monkeypatch.setattr(_pyusb_device, "LONGEST_PERIOD", 10 * PATIENCE)
+    monkeypatch.setattr(_pyusb_device, "MICROFRAME", 10 * PATIENCE)
+    with get_backend(at_address) as backend:
+        device = usb.core.find(backend=backend)
+        device.set_interface_altsetting(1, 1)
+        failures: list[usb.core.USBError] = []
+        writer = threading.Thread(
+            target=lambda: failures.append(failure(device.write, 0x04, bytes(64), 0)), daemon=True
+        )
+        writer.start()
+        while not remote_of(backend)._sent_until:
+            device.ctrl_transfer(0xC0, 0x01, 5, 0, 4)
+        usb.util.dispose_resources(device)
+        writer.join(PATIENCE)
+        assert len(failures) == 1
+        assert not remote_of(backend)._sent_until
+
+
+def test_a_host_that_starts_no_stream() -> None:
+    """Whoever closes the device does not wait for ever, though the read would."""
+    with scripted() as (script, backend):
+        remote, begin = remote_of(backend), script.clock.now
+        del script.answers[StartInterruptReceiving], script.answers[StartIsoStream]
+        for call in (remote.interrupt_in, remote.iso_in):
+            with pytest.raises(TimeoutError):
+                call(0x81 if call == remote.interrupt_in else 0x83, memoryview(bytearray(8)), None)
+        assert script.clock.now - begin == pytest.approx(2 * _pyusb_device.REQUEST_TIMEOUT, abs=0.1)
+
+
+def test_a_descriptor_that_comes_too_late() -> None:
+    """The device is there when it answers, with the address that it would have had."""
+    with scripted() as (script, backend):
+        answer = script.answers.pop(ControlPacket)
+        assert usb.core.find(backend=backend) is None
+        script.answers[ControlPacket] = answer
+        found = usb.core.find(backend=backend)
+        assert (found.idProduct, found.address) == (0x0002, 1)
+        assert usb.core.find(backend=backend).address == 1
+
+
 # ================================================================ errors
 
 
@@ -562,13 +860,36 @@ def test_several_hosts(at_address: str, bed: Bed) -> None:
     bed.device.write(0x01, b"its guest is still open")
 
 
-def test_closing_waits_for_nobody(bed: Bed) -> None:
-    """The garbage collector may do it, in any thread, while another one connects."""
-    with pyusb_backend._CONNECTING:
-        closer = threading.Thread(target=bed.backend.close, daemon=True)
-        closer.start()
-        closer.join(PATIENCE)
-        assert not closer.is_alive()
+def test_connections_that_are_not_needed_are_closed(at_address: str) -> None:
+    """The back end is there already; the same address twice; an address is none; nobody is at the first one."""
+    with listen("127.0.0.1:0") as listener:
+        other = str(listener.address)
+        with get_backend(at_address) as backend:
+            spare = connect(other)
+            assert get_backend(at_address, connections={at_address: spare}) is backend
+            assert spare.fileno() < 0
+        for addresses in [(), (other, "nonsense"), ("unix:/nonexistent/socket", other), ("unix:/nonexistent/socket",)]:
+            spare = connect(other)
+            with pytest.raises((ValueError, usb.core.USBError)):
+                get_backend(*addresses, connections={other: spare})
+            assert spare.fileno() < 0
+
+
+def test_an_address_that_does_not_answer_keeps_nobody_from_others(at_address: str) -> None:
+    """Neither from connecting nor from closing."""
+    with listen("127.0.0.1:0") as listener:
+        silent = str(listener.address)
+        waiting = threading.Thread(target=lambda: failure(lambda: get_backend(silent, patience=PATIENCE)))
+        waiting.start()
+        connection = listener.accept(PATIENCE)
+        opener = threading.Thread(target=lambda: get_backend(at_address).close(), daemon=True)
+        opener.start()
+        opener.join(PATIENCE / 4)
+        done = not opener.is_alive()
+    assert connection is not None
+    connection.close()
+    waiting.join(PATIENCE)
+    assert done
 
 
 def test_nobody_answers() -> None:

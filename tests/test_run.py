@@ -169,6 +169,55 @@ def test_what_holds_the_connection_ends_with_the_program(address: str) -> None:
     assert not folder.exists()
 
 
+def test_a_folder_with_a_name_too_long_for_sockets(address: str, tmp_path: Path) -> None:
+    """The connection waits elsewhere."""
+    folder = tmp_path / ("x" * 110)
+    folder.mkdir()
+    script = f"import os; print(bool(os.environ['USBREDIR_RUN'].split(chr(10))[0])); {FIND}"
+    assert run_with(address, *PYTHON, "-c", script, TMPDIR=str(folder)) == "True\nLoopback\n"
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("forks", [0, 1])
+def test_processes_that_cannot_be_had(address: str, tmp_path: Path, forks: int) -> None:
+    """The program connects by itself then. It runs once, and no folder stays."""
+    script = f"""
+import os, sys
+from usbredir import cli
+left = [os.fork] * {forks}
+def fork():
+    if not left:
+        raise OSError("no more processes")
+    return left.pop()()
+os.fork = fork
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    finished = subprocess.run(
+        [*PYTHON, "-c", script, "run", "--connect", address, "--", *PYTHON, "-c", FIND],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert finished.stdout == "Loopback\n"
+    assert finished.returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_program(address: str, tmp_path: Path) -> None:
+    """What was prepared for it ends."""
+    script, folder = tmp_path / "script", tmp_path / "t"
+    script.write_text("no first line that tells what runs it")
+    script.chmod(0o755)
+    folder.mkdir()
+    output = run_with(address, script, code=cli.ExitCode.USAGE, TMPDIR=str(folder))
+    assert output == f"usbredir: error: {script}: neither a program nor a script with #!\n"
+    assert run_with(address, *PYTHON, "-c", FIND) == "Loopback\n"
+    assert not list(folder.iterdir())
+
+
 # ================================================================ errors before the program starts
 
 ERRORS = {

@@ -791,6 +791,15 @@ def test_serving_can_be_stopped(listener: Listener, device: LoopbackDevice) -> N
             guest.wait_for_disconnect(PATIENCE)
 
 
+def test_the_first_wait_looks_again(ends: tuple[Connection, Connection]) -> None:
+    """It returns at once: what was to wake it before could not. From then on it can be woken."""
+    near, _ = ends
+    near.wake()
+    near.wait(None, writing=False)
+    near.wake()
+    near.wait(None, writing=False)
+
+
 def test_a_timeout_may_be_longer_than_poll_can_take(ends: tuple[Connection, Connection]) -> None:
     """Years, as programs write that mean "for ever"."""
     near, far = ends

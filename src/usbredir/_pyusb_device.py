@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ._pyusb_descriptors import ConfigurationDescriptor, read_configuration, read_device
@@ -36,6 +37,11 @@ SPEEDS: Mapping[int, int] = {Speed.LOW: 1, Speed.FULL: 2, Speed.HIGH: 3, Speed.S
 """libusb's numbers; 0 is unknown."""
 FRAME, MICROFRAME = 0.001, 0.000125
 """Seconds between two packets of an isochronous endpoint whose interval is 1."""
+LONGEST_PERIOD = 1.024
+"""The same for the longest interval that is believed: the longest that Linux uses."""
+LATENESS = 0.002
+"""Seconds that a wait may end later than it should: writes that follow at once still keep the bus's pace."""
+NO_ROOM = memoryview(bytearray())
 
 
 class Transferred(NamedTuple):
@@ -54,6 +60,15 @@ class Timer:
     def left(self) -> float | None:
         """Seconds, at least 0."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def at_most(self, seconds: float) -> float:
+        """Seconds that are left, or fewer."""
+        left = self.left()
+        return seconds if left is None else min(left, seconds)
+
+    def is_over(self) -> bool:
+        """Nothing is left."""
+        return self.left() == 0
 
 
 class OpenStream(NamedTuple):
@@ -84,7 +99,9 @@ class RemoteDevice:
         self._announced = guest.device
         self._configurations: dict[int, ConfigurationDescriptor] = {}  # by position
         self._streams: dict[int, OpenStream] = {}  # by endpoint
-        self._changing = threading.Lock()  # held to start and stop streams
+        self._changing = threading.Lock()  # held to start and stop streams, and to count users
+        self._opens = 0
+        self._claims = Counter[int]()  # by interface
         self._sent_until: dict[int, float] = {}  # when the bus is done with what was sent, by isochronous endpoint
         raw = self._read_descriptor(DescriptorType.DEVICE, 0, 18)
         self.descriptor = read_device(raw, bus=bus, address=address, speed=SPEEDS.get(self._speed, 0))
@@ -95,6 +112,33 @@ class RemoteDevice:
         if self._guest.device is not self._announced or self._announced is None:
             raise DeviceLostError("the device is gone")
         return self._guest
+
+    def open(self) -> None:
+        """One more uses the device. Asks the host whether it is there."""
+        self.check()
+        with self._changing:
+            self._opens += 1
+
+    def close(self) -> None:
+        """One less; the last one stops all streams. Raises nothing."""
+        with self._changing:
+            self._opens = max(0, self._opens - 1)
+            if not self._opens:
+                self._claims.clear()
+                self._stop_all(None)
+
+    def claim(self, interface: int) -> None:
+        """One more uses *interface*. Asks the host whether the device is there."""
+        self.check()
+        with self._changing:
+            self._claims[interface] += 1
+
+    def release(self, interface: int) -> None:
+        """One less; the last one stops the interface's streams. Raises nothing."""
+        with self._changing:
+            self._claims[interface] = max(0, self._claims[interface] - 1)
+            if not self._claims[interface]:
+                self._stop_all(interface)
 
     def check(self) -> None:
         """Ask the host whether the device is there. Raises as every call."""
@@ -181,7 +225,9 @@ class RemoteDevice:
             total += length
             if length < full_packet or total == len(room):
                 break
-        return self._concluded(endpoint, Transferred(status, total))
+            if timer.is_over():
+                status = Status.TIMEOUT
+        return self._concluded(endpoint, Transferred(status, total), timer)
 
     def interrupt_out(self, endpoint: int, data: bytes, timeout: float | None) -> Transferred:
         """Write *data*, a packet at a time."""
@@ -212,10 +258,14 @@ class RemoteDevice:
             status, length = self._receive(endpoint, room[total:], timer)
             total += length
             received += length > 0 or status != Status.SUCCESS
-        return Transferred(Status.SUCCESS, total) if total else self._concluded(endpoint, Transferred(status, 0))
+            if timer.is_over():  # the host may send empty packets for ever
+                status = status or Status.TIMEOUT
+                break
+        return Transferred(Status.SUCCESS, total) if total else self._concluded(endpoint, Transferred(status, 0), timer)
 
     def iso_out(self, endpoint: int, data: bytes, timeout: float | None) -> Transferred:
-        """Write *data* in packets; returns when the bus is done with those of the call before."""
+        """Write *data* in packets; returns when the bus has had the time for them, or the time is over."""
+        timer = Timer(timeout)
         size = self._max_packet_size(endpoint)
         if not size or not data:
             return Transferred(Status.INVAL if not size else Status.SUCCESS, 0)
@@ -223,53 +273,83 @@ class RemoteDevice:
         # As many transfers as the data fills, twice: a host begins to send when half of them are full.
         per_transfer = max(n for n in range(1, MAX_STREAM_PACKETS + 1) if len(packets) % n == 0)
         transfers = min(MAX_STREAM_TRANSFERS, 2 * len(packets) // per_transfer)
-        status = self._start_iso(endpoint, per_transfer, transfers, Timer(timeout))
-        for packet in packets if status == Status.SUCCESS else ():
-            self.guest.iso_out(endpoint, packet)
-        self._pace(endpoint, len(packets))
-        return Transferred(status, 0 if status else len(data))
+        status = self._pace(endpoint, timer)  # for a call before whose time was over
+        if status == Status.SUCCESS:
+            status = self._start_iso(endpoint, per_transfer, transfers, timer)
+        if status != Status.SUCCESS:
+            return self._concluded(endpoint, Transferred(status, 0), timer)
+        return self._concluded(endpoint, self._send_iso(endpoint, packets, timer), timer)
 
-    def _pace(self, endpoint: int, packets: int) -> None:
-        """Wait as long as the bus takes for the packets: a host drops what it has no place for."""
-        now = time.monotonic()
-        end = max(now, self._sent_until.get(endpoint, 0.0)) + packets * self._packet_period(endpoint)
-        self._sent_until[endpoint] = end
-        time.sleep(end - now)
+    def _send_iso(self, endpoint: int, packets: Sequence[bytes], timer: Timer) -> Transferred:
+        """Send packets on a stream, and wait as long as the bus takes for them."""
+        begin = now = time.monotonic()
+        before = self._sent_until.get(endpoint, now)
+        if now - before < LATENESS:
+            begin = before
+        period = self._packet_period(endpoint)
+        sent = 0
+        for number, packet in enumerate(packets, 1):
+            if self.guest.iso_out(endpoint, packet, timeout=timer.left()) == Status.STALL:
+                return Transferred(Status.STALL, 0)  # the host has ended the stream; it goes on after other failures
+            sent += len(packet)
+            self._sent_until[endpoint] = begin + number * period
+            if timer.is_over():
+                return Transferred(Status.TIMEOUT, sent)
+        status = self._pace(endpoint, timer)
+        return Transferred(status, sent if status in (Status.SUCCESS, Status.TIMEOUT) else 0)
+
+    def _pace(self, endpoint: int, timer: Timer) -> int:
+        """Wait until the bus has had the time for what was sent: a host drops what it has no place for.
+
+        TIMEOUT when the time is over before; the status with which the host has ended the stream, or IOERROR when
+        it was stopped, as soon as that happens.
+        """
+        due = self._sent_until.get(endpoint, 0.0) - time.monotonic()
+        if due <= 0:
+            return Status.SUCCESS
+        left = timer.left()
+        in_time = left is None or due <= left
+        status = self._receive(endpoint, NO_ROOM, Timer(due if in_time else left)).status
+        return Status.SUCCESS if in_time and status == Status.TIMEOUT else status
 
     def _packet_period(self, endpoint: int) -> float:
         unit = FRAME if self._speed in (Speed.LOW, Speed.FULL) else MICROFRAME
         interval = self._endpoints.interval[endpoint_index(endpoint)]
-        return float(unit * (1 << min(max(interval, 1), 16) - 1))
+        return min(float(unit * (1 << min(max(interval, 1), 16) - 1)), LONGEST_PERIOD)
 
     # ------------------------------------------------------------ streams
 
     def stop_streams(self, interface: int | None = None) -> None:
         """Stop the streams of an interface, or all; what they brought and nobody read is dropped. Raises nothing."""
         with self._changing:
-            for endpoint, stream in list(self._streams.items()):
-                if interface in (None, stream.interface):
-                    self._stop(endpoint)
+            self._stop_all(interface)
 
-    def _stop(self, endpoint: int) -> None:
+    def _stop_all(self, interface: int | None) -> None:
+        for endpoint, stream in list(self._streams.items()):
+            if interface in (None, stream.interface):
+                self._stop(endpoint)
+
+    def _stop(self, endpoint: int, timeout: float = REQUEST_TIMEOUT) -> None:
         stream = self._streams.pop(endpoint)
+        self._sent_until.pop(endpoint, None)
         with contextlib.suppress(UsbRedirError, OSError):
-            stream.stop(endpoint, timeout=REQUEST_TIMEOUT)
+            stream.stop(endpoint, timeout=timeout)
 
     def _start_interrupt(self, endpoint: int, timer: Timer) -> int:
         guest = self.guest
         stream = OpenStream(TransferType.INTERRUPT, self._interface(endpoint), 1, guest.stop_interrupt_receiving)
-        return self._start(endpoint, stream, lambda: guest.start_interrupt_receiving(endpoint, timeout=timer.left()))
+        return self._start(
+            endpoint, stream, lambda left: guest.start_interrupt_receiving(endpoint, timeout=left), timer
+        )
 
     def _start_iso(self, endpoint: int, packets: int, transfers: int, timer: Timer) -> int:
         guest = self.guest
         stream = OpenStream(TransferType.ISO, self._interface(endpoint), packets, guest.stop_iso_stream)
         return self._start(
-            endpoint,
-            stream,
-            lambda: guest.start_iso_stream(endpoint, packets, transfers, timeout=timer.left()),
+            endpoint, stream, lambda left: guest.start_iso_stream(endpoint, packets, transfers, timeout=left), timer
         )
 
-    def _start(self, endpoint: int, stream: OpenStream, start: Callable[[], int]) -> int:
+    def _start(self, endpoint: int, stream: OpenStream, start: Callable[[float], int], timer: Timer) -> int:
         """Start a stream unless it is running. Writing other amounts than before needs another shape."""
         if self._endpoints.type[endpoint_index(endpoint)] != stream.kind:
             return Status.INVAL  # a host has no answer for an endpoint that it does not know
@@ -278,8 +358,8 @@ class RemoteDevice:
             if present is not None:
                 if present.packets == stream.packets or endpoint & 0x80:
                     return Status.SUCCESS
-                self._stop(endpoint)
-            status = start()
+                self._stop(endpoint, timer.at_most(REQUEST_TIMEOUT))
+            status = start(timer.at_most(REQUEST_TIMEOUT))
             if status == Status.SUCCESS:
                 self._streams[endpoint] = stream
             return status
@@ -291,12 +371,13 @@ class RemoteDevice:
         except LocalProtocolError:  # so much came while nobody read that some was dropped
             return Transferred(Status.IOERROR, 0)
 
-    def _concluded(self, endpoint: int, result: Transferred) -> Transferred:
+    def _concluded(self, endpoint: int, result: Transferred, timer: Timer) -> Transferred:
         """The result; the stream is stopped if it is an error, so that the next transfer starts it anew."""
         if result.status not in (Status.SUCCESS, Status.TIMEOUT):
             with self._changing:
+                self._sent_until.pop(endpoint, None)  # also when somebody else has stopped it
                 if endpoint in self._streams:
-                    self._stop(endpoint)
+                    self._stop(endpoint, timer.at_most(REQUEST_TIMEOUT))
         return result
 
     # ------------------------------------------------------------ endpoints

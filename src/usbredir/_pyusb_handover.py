@@ -26,6 +26,8 @@ MAX_CONNECTIONS = 253
 PATIENCE = 5.0
 """Seconds that the holder may take to answer."""
 NAME = "connections"
+SHORT_FOLDER = "/tmp"
+"""Where sockets can be when TMPDIR is too long for the name of one."""
 POLLIN = 1
 _FETCHING = threading.Lock()
 
@@ -44,24 +46,45 @@ def hand_over(connections: Mapping[str, Connection]) -> str:
 
 
 def _leave(connections: Mapping[str, Connection]) -> str:
-    """Start the process that holds the connections; the folder of its socket."""
-    folder = tempfile.mkdtemp(prefix="usbredir-run-")
-    program_ended, program_runs = os.pipe()
-    os.set_inheritable(program_runs, True)  # the program's copy is closed when it ends
+    """Start the process that holds the connections; the folder of its socket, "": that cannot be done."""
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.path.join(folder, NAME))
-        listener.listen()
-        child = os.fork()
+        folder = _listen(listener)
+        if not folder:
+            return ""
+        program_ended, program_runs = os.pipe()
+        try:
+            child = os.fork()
+        except OSError:
+            os.close(program_runs)
+            os.close(program_ended)
+            shutil.rmtree(folder, ignore_errors=True)
+            return ""
         if not child:
-            _become_holder(program_runs)
             try:
+                _become_holder(program_runs)
                 _hold(connections, listener, program_ended)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 os._exit(0)
+    os.set_inheritable(program_runs, True)  # the program's copy is closed when it ends
     os.close(program_ended)
     os.waitpid(child, 0)
     return folder
+
+
+def _listen(listener: socket.socket) -> str:
+    """Bind to a name in a new private folder: the folder, "" when there is no place for one."""
+    for parent in (None, SHORT_FOLDER):
+        with contextlib.suppress(OSError):
+            folder = tempfile.mkdtemp(prefix="usbredir-run-", dir=parent)
+            try:
+                listener.bind(os.path.join(folder, NAME))
+                listener.listen()
+            except OSError:  # the name is too long for a socket, or the file system has none
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                return folder
+    return ""
 
 
 def _become_holder(program_runs: int) -> None:

@@ -15,7 +15,7 @@ from .errors import ConnectionClosed, DeviceLostError, UsbRedirError
 from .guest import Guest
 from .transport import Connection, GuestConnection, connect, parse_address
 
-__all__ = ["Host", "HostAt", "HostOf"]
+__all__ = ["Bus", "BusAt", "BusOf"]
 
 LAST_ADDRESS = 127
 """Largest address of a device on a bus (USB 2.0, 9.4.6)."""
@@ -29,7 +29,7 @@ RETRY = 0.05
 log = logging.getLogger("usbredir.pyusb_backend")
 
 
-class Host:
+class Bus:
     """A bus with at most one device. Threads: any."""
 
     def __init__(self, bus: int) -> None:
@@ -46,17 +46,14 @@ class Host:
             if guest is None or guest.device is None:
                 return None
             if guest.device is not self._announced:
-                self._announced = guest.device
-                self._addresses = self._addresses % LAST_ADDRESS + 1
-                self._known = self._describe(guest)
+                announced, address = guest.device, self._addresses % LAST_ADDRESS + 1
+                try:
+                    self._known = RemoteDevice(guest, self._bus, address)
+                except (UsbRedirError, OSError, ValueError) as error:
+                    log.warning("a device that cannot be used now: %s", error)
+                    return None
+                self._announced, self._addresses = announced, address
             return self._known
-
-    def _describe(self, guest: Guest) -> RemoteDevice | None:
-        try:
-            return RemoteDevice(guest, self._bus, self._addresses)
-        except (UsbRedirError, OSError, ValueError) as error:
-            log.warning("a device that cannot be used: %s", error)
-            return None
 
     def _current_guest(self) -> Guest | None:
         """The guest, after it has read what has come; None: there is no connection."""
@@ -72,7 +69,7 @@ class Host:
                 self._known.stop_streams()
 
 
-class HostOf(Host):
+class BusOf(Bus):
     """The host of a guest that the application has made, and closes. Raises nothing when it is gone."""
 
     def __init__(self, bus: int, guest: Guest) -> None:
@@ -83,27 +80,26 @@ class HostOf(Host):
         return self._guest if _look(self._guest) else None
 
 
-class HostAt(Host):
+class BusAt(Bus):
     """The host at an address: connected by :meth:`connect`, and again by :meth:`device` after the connection broke.
 
     Args:
         patience: seconds that connecting, and waiting for the first device, may take.
-        connection: one that somebody else has made, used first.
     """
 
-    def __init__(self, bus: int, address: str, patience: float, connection: Connection | None = None) -> None:
+    def __init__(self, bus: int, address: str, patience: float) -> None:
         super().__init__(bus)
         parse_address(address)
         self.address = address
         self._patience = patience
-        self._given = connection
         self._connection: Connection | None = None
         self._guest: Guest | None = None
         self._closed = False
 
-    def connect(self) -> None:
+    def connect(self, given: Connection | None = None) -> None:
         """Connect, if that is not done, and wait for the device; a host that has none yet is no error.
 
+        *given* is a connection that somebody else has made, used first; it is owned from now on.
         Raises OSError when nobody answers. A host that closes the connection at once is busy with another guest,
         perhaps with the last one's end: it is tried again.
         """
@@ -112,7 +108,8 @@ class HostAt(Host):
             turned_away = False
             while self._guest is None:
                 try:
-                    self._try_once(end)
+                    connection, given = given, None
+                    self._try_once(connection or connect(self.address, max(0.0, end - time.monotonic())), end)
                 except (ConnectionClosed, ConnectionResetError, BrokenPipeError, TimeoutError) as error:
                     turned_away = turned_away or not isinstance(error, TimeoutError)
                     if time.monotonic() < end:
@@ -122,10 +119,7 @@ class HostAt(Host):
                     else:
                         raise
 
-    def _try_once(self, end: float) -> None:
-        connection, self._given = self._given, None
-        if connection is None:
-            connection = connect(self.address, max(0.0, end - time.monotonic()))
+    def _try_once(self, connection: Connection, end: float) -> None:
         self._connection = connection
         guest = self._guest = Guest(GuestConnection(connection))
         try:
@@ -157,9 +151,7 @@ class HostAt(Host):
             self._guest.close()
         if self._connection is not None:
             self._connection.close()
-        if self._given is not None:
-            self._given.close()
-        self._guest = self._connection = self._given = None
+        self._guest = self._connection = None
 
     def close(self) -> None:
         """Stop what runs on the device, and end the connection for good."""

@@ -7,6 +7,7 @@ is in ``usbredir._startup``.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shutil
 import subprocess
@@ -56,9 +57,13 @@ def run(options: argparse.Namespace) -> int:
     for address in addresses:
         _check(address)
     environment = _environment(_connect(addresses))
-    if os.name == "posix":
-        os.execve(path, program, environment)
-    return subprocess.run([path, *program[1:]], env=environment, check=False).returncode
+    try:
+        if os.name == "posix":
+            os.execve(path, program, environment)
+        return subprocess.run([path, *program[1:]], env=environment, check=False).returncode
+    except OSError as error:
+        why = "neither a program nor a script with #!" if error.errno == errno.ENOEXEC else error.strerror
+        raise Failure(ExitCode.USAGE, f"{program[0]}: {why}") from error
 
 
 def _check(address: str) -> None:

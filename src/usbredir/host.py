@@ -281,8 +281,10 @@ class Host(StreamHost):
 
         Without *give_back* the system's drivers do not return to the device: the next host is to have it.
         """
-        self._drop_device(give_back=give_back)
-        self._free_locks()
+        try:
+            self._drop_device(give_back=give_back)
+        finally:
+            self._free_locks()
 
     def __enter__(self) -> Host:
         return self

@@ -30,7 +30,7 @@ from ._pyusb_descriptors import (
     InterfaceDescriptor,
 )
 from ._pyusb_device import RemoteDevice, Transferred
-from ._pyusb_hosts import Host, HostAt, HostOf
+from ._pyusb_hosts import Bus, BusAt, BusOf
 from .errors import LocalProtocolError, UsbRedirError
 from .guest import Guest
 from .proto import Status
@@ -163,22 +163,23 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no types
     Threads: any; one at a time for an endpoint. A context manager, which closes it at the end.
     """
 
-    def __init__(self, hosts: Sequence[Host]) -> None:
+    def __init__(self, buses: Sequence[Bus]) -> None:
         super().__init__()
-        self._hosts = hosts
+        self._buses = buses
 
     def close(self) -> None:
         """End the connections. There are no devices any more. Guests that were given stay open. Idempotent."""
-        for addresses, backend in list(_KNOWN.items()):
-            if backend is self:
-                _KNOWN.pop(addresses, None)
-        for host in self._hosts:
-            host.close()
+        with _CHANGING:
+            for addresses, backend in list(_KNOWN.items()):
+                if backend is self:
+                    del _KNOWN[addresses]
+        for bus in self._buses:
+            bus.close()
 
     def _finalize_object(self) -> None:
         """Run at exit, or by the garbage collector in any thread: nothing here waits for another one."""
-        for host in self._hosts:
-            host.disconnect()
+        for bus in self._buses:
+            bus.disconnect()
 
     def __enter__(self) -> Backend:
         return self
@@ -193,7 +194,7 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no types
     @_in_usb_errors
     def enumerate_devices(self) -> Iterator[RemoteDevice]:
         """The devices that are there now. Connects again where the connection is lost; who is not there has none."""
-        return iter([device for host in self._hosts if (device := host.device()) is not None])
+        return iter([device for bus in self._buses if (device := bus.device()) is not None])
 
     def get_parent(self, dev: RemoteDevice) -> None:
         """No device has a hub that could be seen."""
@@ -228,12 +229,12 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no types
     @_in_usb_errors
     def open_device(self, dev: RemoteDevice) -> RemoteDevice:
         """The handle is the device itself."""
-        dev.check()
+        dev.open()
         return dev
 
     def close_device(self, dev_handle: RemoteDevice) -> None:
-        """Stop its streams."""
-        dev_handle.stop_streams()
+        """Stop its streams, if nobody else has it open."""
+        dev_handle.close()
 
     @_in_usb_errors
     def set_configuration(self, dev_handle: RemoteDevice, config_value: int) -> None:
@@ -255,11 +256,11 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no types
     @_in_usb_errors
     def claim_interface(self, dev_handle: RemoteDevice, intf: int) -> None:
         """The host has claimed it."""
-        dev_handle.check()
+        dev_handle.claim(intf)
 
     def release_interface(self, dev_handle: RemoteDevice, intf: int) -> None:
-        """Stop its streams."""
-        dev_handle.stop_streams(intf)
+        """Stop its streams, if nobody else has claimed it."""
+        dev_handle.release(intf)
 
     @_in_usb_errors
     def clear_halt(self, dev_handle: RemoteDevice, ep: int) -> None:
@@ -342,7 +343,10 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no types
 
 
 _KNOWN: dict[tuple[str, ...], Backend] = {}
-_CONNECTING = threading.Lock()
+_CONNECTING: dict[tuple[str, ...], threading.Lock] = {}
+"""Held while these addresses are connected: a host that does not answer keeps nobody from the others."""
+_CHANGING = threading.RLock()
+"""Held to change the two, never while anybody waits. Reentrant: the garbage collector may close a back end."""
 
 
 def get_backend(
@@ -360,29 +364,42 @@ def get_backend(
         addresses: ``host:port``, ``[v6 address]:port``, ``unix:/path``.
         guest: guests that are connected already, in place of addresses, or beside them. They are not closed.
         patience: seconds that connecting to a host, and waiting for its device, may take.
-        connections: connections by address that were made already, to be used first. The back end owns them.
+        connections: connections by address that were made already, to be used first. They are owned, and closed
+            when they are not needed.
 
     Raises ValueError for the form of an address, USBError when nobody answers. A host that has no device yet is no
     error. Threads: any.
     """
     guests = (guest,) if isinstance(guest, Guest) else tuple(guest)
-    if not addresses and not guests:
-        raise ValueError("an address or a guest is needed")
-    with _CONNECTING:
-        known = _KNOWN.get(addresses) if not guests else None
-        if known is not None:
+    given = dict(connections or {})
+    try:
+        if not addresses and not guests:
+            raise ValueError("an address or a guest is needed")
+        at = [BusAt(number, address, patience) for number, address in enumerate(addresses, 1)]
+        if guests:
+            return _connected(at, [BusOf(number, one) for number, one in enumerate(guests, len(at) + 1)], given)
+        with _CHANGING:
+            connecting = _CONNECTING.setdefault(addresses, threading.Lock())
+        with connecting:
+            known = _KNOWN.get(addresses)
+            if known is None:
+                known = _connected(at, [], given)
+                with _CHANGING:
+                    _KNOWN[addresses] = known
             return known
-        given = connections or {}
-        at = [HostAt(bus, address, patience, given.get(address)) for bus, address in enumerate(addresses, 1)]
-        of = [HostOf(bus, one) for bus, one in enumerate(guests, len(at) + 1)]
-        backend = Backend([*at, *of])
-        try:
-            for host in at:
-                host.connect()
-        except (UsbRedirError, OSError) as error:  # RemoteProtocolError: something else answers there
-            backend.close()
-            why = getattr(error, "strerror", None) or error
-            raise USBError(f"no connection to {host.address}: {why}", None, getattr(error, "errno", None)) from error
-        if not guests:
-            _KNOWN[addresses] = backend
-        return backend
+    finally:
+        for connection in given.values():
+            connection.close()
+
+
+def _connected(at: Sequence[BusAt], of: Sequence[BusOf], given: dict[str, Connection]) -> Backend:
+    """A back end whose addresses are connected. Takes what it uses out of *given*."""
+    backend = Backend([*at, *of])
+    try:
+        for bus in at:
+            bus.connect(given.pop(bus.address, None))
+    except (UsbRedirError, OSError) as error:  # RemoteProtocolError: something else answers there
+        backend.close()
+        why = getattr(error, "strerror", None) or error
+        raise USBError(f"no connection to {bus.address}: {why}", None, getattr(error, "errno", None)) from error
+    return backend

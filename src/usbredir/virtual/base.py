@@ -479,11 +479,13 @@ class VirtualDevice(Declaration):
                 return
             self._closed = True
             self._signal()
-        self.handle_events(1.0)
-        with self._condition:
-            sockets, self._wake_sockets = self._wake_sockets, None
-        for end in sockets or ():
-            end.close()
+        try:
+            self.handle_events(1.0)
+        finally:  # whatever a completion raises
+            with self._condition:
+                sockets, self._wake_sockets = self._wake_sockets, None
+            for end in sockets or ():
+                end.close()
 
     def __enter__(self: Device) -> Device:
         return self
