@@ -120,7 +120,8 @@ def threads_of(cls: type, name: str) -> str:
 
 def public_members(cls: type) -> list[str]:
     """The public methods and properties of a class, in its order."""
-    return [name for name, member in vars(cls).items() if name[0] != "_" and (callable(member) or is_property(member))]
+    members = {name: member for base in cls.__mro__[-2::-1] for name, member in vars(base).items()}
+    return [name for name, member in members.items() if name[0] != "_" and (callable(member) or is_property(member))]
 
 
 def is_property(member: object) -> bool:

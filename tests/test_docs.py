@@ -188,8 +188,8 @@ def test_every_exception_is_documented(name: str) -> None:
 
 
 def public_members(cls: type) -> Iterator[tuple[str, str]]:
-    """Names and docstrings of public methods and properties."""
-    for name, member in vars(cls).items():
+    """Names and docstrings of public methods and properties, inherited ones too."""
+    for name, member in ((name, member) for base in cls.__mro__[:-1] for name, member in vars(base).items()):
         if not name.startswith("_") and (callable(member) or isinstance(member, property)):
             yield name, inspect.getdoc(member) or ""
 

@@ -55,7 +55,7 @@ from .parser import LogLevel, Parser, StreamCallbacks
 from .proto import Capability, Status, TransferType, endpoint_index
 from .requests import Request, Shape, StreamRequest
 
-__all__ = ["Exchange", "Pending", "Stream"]
+__all__ = ["Exchange", "ExchangeView", "Pending", "Stream"]
 
 CANCEL_GRACE = 5.0
 """Seconds that the host has to answer a cancelled request; later answers are dropped."""
@@ -593,3 +593,39 @@ class Exchange:
                 return
             self.backlog += cost
             stream.waiting.append(packet)
+
+
+class ExchangeView:
+    """What guests show of their exchange, those of threads and those of asyncio."""
+
+    _exchange: Exchange
+
+    @property
+    def device(self) -> DeviceConnect | None:
+        """The present device, or None."""
+        return self._exchange.device
+
+    @property
+    def interfaces(self) -> InterfaceInfo | None:
+        """The latest InterfaceInfo of the present device."""
+        return self._exchange.interfaces
+
+    @property
+    def endpoints(self) -> EpInfo | None:
+        """The latest EpInfo of the present device."""
+        return self._exchange.endpoints
+
+    @property
+    def host_filter(self) -> tuple[FilterRule, ...] | None:
+        """The rules that the host sent, or None."""
+        return self._exchange.host_filter
+
+    @property
+    def host_version(self) -> str:
+        """What the host calls itself; empty before its hello."""
+        return self._exchange.host_version
+
+    @property
+    def packets_received(self) -> int:
+        """Packets that came, of any kind."""
+        return self._exchange.packets_received

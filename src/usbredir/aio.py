@@ -28,14 +28,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from . import requests
 from ._aio_host import Server, Session, serve
 from ._aio_stream import Log, TransportStream
-from ._exchange import Exchange, Pending, Stream
+from ._exchange import Exchange, ExchangeView, Pending, Stream
 from .capabilities import ALL
 from .device import TransferResult
 from .errors import ConnectionClosed, LocalProtocolError
 from .filter import FilterRule
 from .guest import HIGH_BACKLOG, ISO_PACKETS_AHEAD
 from .limits import Limits
-from .packets import DeviceConnect, EpInfo, InterfaceInfo
+from .packets import DeviceConnect
 from .parser import VERSION
 from .proto import Status
 from .requests import Request, StreamRequest
@@ -60,7 +60,7 @@ def _awaitable(make: Callable[P, Request[T]]) -> Callable[Concatenate[Guest, P],
     return method
 
 
-class Guest:
+class Guest(ExchangeView):
     """Uses the device of one host, in an event loop.
 
     Args:
@@ -109,38 +109,16 @@ class Guest:
         """The protocol for the transport: the factory that ``loop.create_connection`` and others want. For one."""
         return self._stream
 
-    @property
-    def device(self) -> DeviceConnect | None:
-        """The present device, or None."""
-        return self._exchange.device
-
-    @property
-    def interfaces(self) -> InterfaceInfo | None:
-        """The latest InterfaceInfo of the present device."""
-        return self._exchange.interfaces
-
-    @property
-    def endpoints(self) -> EpInfo | None:
-        """The latest EpInfo of the present device."""
-        return self._exchange.endpoints
-
-    @property
-    def host_filter(self) -> tuple[FilterRule, ...] | None:
-        """The rules that the host sent, or None."""
-        return self._exchange.host_filter
-
-    @property
-    def host_version(self) -> str:
-        """What the host calls itself; empty before its hello."""
-        return self._exchange.host_version
-
     async def wait_for_device(self, timeout: float | None = None) -> DeviceConnect:
         """The device, as soon as the host has announced one. Raises TimeoutError."""
-        if not await self._until(lambda: self._exchange.device is not None, timeout):
-            raise TimeoutError("the host has announced no device in time")
-        device = self._exchange.device
-        assert device is not None
-        return device
+        limit = None if timeout is None else time.monotonic() + timeout
+        while True:
+            remaining = None if limit is None else limit - time.monotonic()
+            if not await self._until(lambda: self._exchange.device is not None, remaining):
+                raise TimeoutError("the host has announced no device in time")
+            device = self._exchange.device
+            if device is not None:  # it may have gone again
+                return device
 
     async def wait_for_disconnect(self, timeout: float | None = None) -> None:
         """Return when the device is gone. Raises TimeoutError."""

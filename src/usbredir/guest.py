@@ -21,13 +21,13 @@ from types import TracebackType
 from typing import Concatenate, ParamSpec, TypeVar
 
 from . import requests
-from ._exchange import FATAL, Exchange, Pending
+from ._exchange import FATAL, Exchange, ExchangeView, Pending
 from .capabilities import ALL
 from .device import TransferResult
 from .errors import ConnectionClosed, LocalProtocolError
 from .filter import FilterRule
 from .limits import Limits
-from .packets import DeviceConnect, EpInfo, InterfaceInfo
+from .packets import DeviceConnect
 from .parser import VERSION, StreamCallbacks
 from .proto import Status
 from .requests import Request
@@ -71,7 +71,7 @@ def _blocking(make: Callable[P, Request[T]]) -> Callable[Concatenate[Guest, P], 
     return method
 
 
-class Guest:
+class Guest(ExchangeView):
     """Uses the device of one host.
 
     Args:
@@ -114,36 +114,6 @@ class Guest:
             self._thread.start()
 
     # ------------------------------------------------------------ the connection
-
-    @property
-    def device(self) -> DeviceConnect | None:
-        """The present device, or None."""
-        return self._exchange.device
-
-    @property
-    def interfaces(self) -> InterfaceInfo | None:
-        """The latest InterfaceInfo of the present device."""
-        return self._exchange.interfaces
-
-    @property
-    def endpoints(self) -> EpInfo | None:
-        """The latest EpInfo of the present device."""
-        return self._exchange.endpoints
-
-    @property
-    def host_filter(self) -> tuple[FilterRule, ...] | None:
-        """The rules that the host sent, or None."""
-        return self._exchange.host_filter
-
-    @property
-    def host_version(self) -> str:
-        """What the host calls itself; empty before its hello."""
-        return self._exchange.host_version
-
-    @property
-    def packets_received(self) -> int:
-        """Packets that came, of any kind."""
-        return self._exchange.packets_received
 
     def wait_for_device(self, timeout: float | None = None) -> DeviceConnect:
         """The device, as soon as the host has announced one. Raises TimeoutError."""
