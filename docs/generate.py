@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from usbredir import _framing, _state, errors
+from usbredir._exchange import ExchangeView
 from usbredir._layout import Declaration, Wire, describe_layout
 from usbredir.guest import Guest
 from usbredir.host import Host
@@ -119,8 +120,8 @@ def threads_of(cls: type, name: str) -> str:
 
 
 def public_members(cls: type) -> list[str]:
-    """The public methods and properties of a class, in its order."""
-    members = {name: member for base in cls.__mro__[-2::-1] for name, member in vars(base).items()}
+    """The public methods and properties of a class, in its order; first those that guests share."""
+    members = {**(vars(ExchangeView) if issubclass(cls, ExchangeView) else {}), **vars(cls)}
     return [name for name, member in members.items() if name[0] != "_" and (callable(member) or is_property(member))]
 
 

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 from usbredir import _framing, _state, cli, errors
+from usbredir._exchange import ExchangeView
 from usbredir.guest import Guest, GuestCallbacks
 from usbredir.host import Host, HostCallbacks
 from usbredir.limits import Limits
@@ -188,8 +189,9 @@ def test_every_exception_is_documented(name: str) -> None:
 
 
 def public_members(cls: type) -> Iterator[tuple[str, str]]:
-    """Names and docstrings of public methods and properties, inherited ones too."""
-    for name, member in ((name, member) for base in cls.__mro__[:-1] for name, member in vars(base).items()):
+    """Names and docstrings of public methods and properties, with those that guests share."""
+    shared = vars(ExchangeView) if issubclass(cls, ExchangeView) else {}
+    for name, member in {**shared, **vars(cls)}.items():
         if not name.startswith("_") and (callable(member) or isinstance(member, property)):
             yield name, inspect.getdoc(member) or ""
 
