@@ -532,15 +532,16 @@ def descriptors() -> int:
 @pytest.mark.parametrize("background", [False, True])
 def test_a_closed_guest_is_gone(background: bool) -> None:
     """No thread, and nothing that holds it."""
-    before = threading.active_count()
+    before = set(threading.enumerate())  # some may end meanwhile
     bed = Bed(background=background)
-    assert threading.active_count() == before + 1 + background
+    ours = set(threading.enumerate()) - before
+    assert len(ours) == 1 + background
     future = bed.guest.submit(requests.bulk_in(SILENT, 64))
     gone = weakref.ref(bed.guest)
     bed.close()
     assert isinstance(future.exception(0), ConnectionClosed)
-    assert threading.active_count() == before
-    del bed, future
+    assert not any(thread.is_alive() for thread in ours)
+    del bed, future, ours
     gc.collect()
     assert gone() is None
 
