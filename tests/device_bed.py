@@ -55,6 +55,20 @@ class DeviceBed:
         """Submit an interrupt transfer."""
         return self.start(endpoint, length, data, TransferType.INTERRUPT)
 
+    def waiting(self, endpoint: int, length: int) -> list[bytes]:
+        """What an interrupt endpoint has for the host, a second apart, until it has nothing."""
+        found: list[bytes] = []
+        while True:
+            transfer = self.interrupt(endpoint, length)
+            self.run(1)
+            outcome = self.ended(transfer)
+            if outcome is None:
+                self.device.cancel(transfer)
+                self.run()
+                return found
+            assert outcome[0] == Status.SUCCESS
+            found.append(outcome[1])
+
     def request(
         self, request_type: int, request: int, value: int = 0, index: int = 0, *, data: bytes = b"", length: int = 0
     ) -> bytes | None:

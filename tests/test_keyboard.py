@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usbredir.proto import Speed, Status
+from usbredir.proto import Speed
 from usbredir.testing import check_device, linked_pair
 from usbredir.virtual import Keyboard
 from usbredir.virtual.hid import ReportKind, report_sizes
@@ -39,18 +39,7 @@ class Bed(DeviceBed):
         super().__init__(Lamps(clock), clock)
 
     def reports(self) -> list[bytes]:
-        """Those that wait for the host."""
-        found: list[bytes] = []
-        while True:
-            transfer = self.interrupt(0x81, 8)
-            self.run(1)
-            outcome = self.ended(transfer)
-            if outcome is None:
-                self.device.cancel(transfer)
-                self.run()
-                return found
-            assert outcome[0] == Status.SUCCESS
-            found.append(outcome[1])
+        return self.waiting(0x81, 8)
 
 
 @pytest.fixture

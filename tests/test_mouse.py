@@ -25,18 +25,7 @@ class Bed(DeviceBed):
         super().__init__(Mouse(clock=clock), clock)
 
     def reports(self) -> list[bytes]:
-        """Those that wait for the host."""
-        found: list[bytes] = []
-        while True:
-            transfer = self.interrupt(0x81, 4)
-            self.run(1)
-            outcome = self.ended(transfer)
-            if outcome is None:
-                self.device.cancel(transfer)
-                self.run()
-                return found
-            assert outcome[0] == Status.SUCCESS
-            found.append(outcome[1])
+        return self.waiting(0x81, 4)
 
 
 @pytest.fixture
