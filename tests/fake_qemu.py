@@ -18,6 +18,8 @@ REFUSED = {"chardev-add": "127.0.0.1", "device_add": "nonsense"}
 """Commands, and a word in their arguments that makes them fail."""
 STUCK = set[bytes]()
 """Numbers of commands that cannot be stopped."""
+KEPT: list[int] = []
+"""Descriptors that came over the monitor: open as long as QEMU runs, so that a device's connection does not end."""
 
 
 def descriptor(name: str) -> int:
@@ -68,8 +70,7 @@ def read_line(sock: socket.socket) -> bytes:
         piece, descriptors, _, _ = socket.recv_fds(sock, 1, 4)
         if not piece:
             sys.exit(0)
-        for one in descriptors:
-            os.close(one)
+        KEPT.extend(descriptors)
         line += piece
     return line
 
