@@ -1792,10 +1792,21 @@ def test_a_sender_refuses_like_send(packet: Packet) -> None:
     assert host.has_data_to_write() == waiting
 
 
-def test_backlog_exceeds() -> None:
-    """More than so many packets, or bytes."""
-    host = Parser(End(), usb_host=True)  # its hello waits
-    size = host.buffered_output_size()
-    assert not host.backlog_exceeds(1, size)
-    assert host.backlog_exceeds(0, size)
-    assert host.backlog_exceeds(1, size - 1)
+@pytest.mark.parametrize("locks", [None, ThreadingLocks()])
+def test_watch_backlog(locks: ThreadingLocks | None) -> None:
+    """More than so many packets, or bytes: those that wait already, and those that come."""
+    host = Parser(End(), usb_host=True, locks=locks)  # its hello waits
+    hello = host.buffered_output_size()
+    exceeds = host.watch_backlog()
+    assert host.buffered_output_size() == hello
+    assert not exceeds(1, hello)
+    assert exceeds(0, hello)
+    assert exceeds(1, hello - 1)
+    host.send(DeviceDisconnect())
+    more = host.buffered_output_size()
+    assert more > hello
+    assert not exceeds(2, more)
+    assert exceeds(2, more - 1)
+    host.do_write()
+    assert host.buffered_output_size() == 0
+    assert not exceeds(0, 0)

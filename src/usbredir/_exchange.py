@@ -236,7 +236,7 @@ class Exchange:
         self.parser = Parser(link, version=version, capabilities=capabilities, limits=limits, locks=ThreadingLocks())
         self.write = self.parser.do_write
         self.has_output = self.parser.has_data_to_write
-        self._backlog_exceeds = self.parser.backlog_exceeds
+        self._backlog_exceeds = self.parser.watch_backlog()
 
     # ------------------------------------------------------------ bytes
 

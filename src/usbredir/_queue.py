@@ -43,6 +43,7 @@ class OutputQueue:
 
     __slots__ = (
         "_again",
+        "_alone",
         "_bytes_in",
         "_bytes_out",
         "_counting",
@@ -68,13 +69,11 @@ class OutputQueue:
         writev: Callable[[Sequence[memoryview]], int | None] | None,
         *,
         owned: bool,
-        counting: bool = False,
     ) -> None:
         self._guard = guard.section()
         self._limits = limits
         limited = limits.max_queued_packets is not None or limits.max_queued_bytes is not None
-        guarded = guard.active or limited
-        self._counting = guarded or counting
+        self._counting = limited
         self._write = write
         self._writev = writev
         self._owned = owned
@@ -87,13 +86,14 @@ class OutputQueue:
         self._writer: int | None = None
         self._again = False
         # Chosen once: asking for lock and limits again at every packet takes 200 of the 700 ns that queueing and
-        # writing a small packet take, and counting its bytes 70. A host counts, since it often asks how much waits.
+        # writing a small packet take, and counting its bytes 70.
         self.push: Callable[[Entry], None] = self._entries.append
         """Append a packet. Raises QueueFullError at a limit."""
-        if guarded:
-            self.push = self._push_guarded
-        elif counting:
-            self.push = self._push_counted
+        if limited:
+            self.push = self._push_limited
+        elif guard.active:
+            self.push = self._push_locked
+        self._alone = not guard.active
         self.flush: Callable[[], None] = self._flush_guarded if guard.active else self._flush
         """Write until the queue is empty or the transport would block; see :meth:`_flush_guarded`."""
         self._drain: Callable[[], bool] = self._drain_single if writev is None else self._drain_vectored
@@ -104,17 +104,22 @@ class OutputQueue:
 
     @property
     def size(self) -> int:
-        """Bytes queued; a packet that is partly written counts in full. Without counters 10 ns per packet."""
+        """Bytes queued; a packet that is partly written counts in full. Without :meth:`count` 10 ns per packet."""
         if not self._counting:
-            return sum(map(len, self._entries))
+            return sum(map(len, self._entries.copy()))
         out = self._bytes_out  # read first: what comes in between only makes the answer larger
         return self._bytes_in - out
 
     def exceeds(self, packets: int, size: int) -> bool:
-        """Whether more than so many packets, or bytes, wait. One call, for one that is made at every packet."""
-        if not self._counting:
-            return len(self._entries) > packets or self.size > size
+        """Whether more than so many packets, or bytes, wait. For one that often asks: see :meth:`count`."""
         return len(self._entries) > packets or self._bytes_in - self._bytes_out > size
+
+    def count(self) -> None:
+        """Count bytes as they come from now on. For one that often asks; before others use the queue."""
+        if not self._counting:
+            self._bytes_in, self._bytes_out = self.size, 0
+            self._counting = True
+            self.push = self._push_counted if self._alone else self.push_unlimited
 
     def push_unlimited(self, entry: Entry) -> None:
         """Append a packet that the peer waits for, whatever the limits."""
@@ -122,11 +127,15 @@ class OutputQueue:
             self._entries.append(entry)
             self._bytes_in += len(entry)
 
+    def _push_locked(self, entry: Entry) -> None:
+        with self._guard:
+            self._entries.append(entry)
+
     def _push_counted(self, entry: Entry) -> None:
         self._entries.append(entry)
         self._bytes_in += len(entry)
 
-    def _push_guarded(self, entry: Entry) -> None:
+    def _push_limited(self, entry: Entry) -> None:
         with self._guard:
             self._check_room(len(entry))
             self._entries.append(entry)
@@ -149,12 +158,13 @@ class OutputQueue:
 
     def _flush(self) -> None:
         """For one thread: a call from inside the write callback does nothing."""
-        if self._writer is None:
-            self._writer = 0
-            try:
-                self._drain()
-            finally:
-                self._writer = None
+        if self._writer is not None:
+            return
+        self._writer = 0
+        try:
+            self._drain()
+        finally:
+            self._writer = None
 
     def _flush_guarded(self) -> None:
         """For any number of threads: one of them writes.
@@ -164,26 +174,25 @@ class OutputQueue:
         """
         if not self._entries:
             return  # what another thread is writing is among them until it is written
-        me = threading.get_ident()
-        with self._guard:
+        me, guard = threading.get_ident(), self._guard
+        with guard:
             if self._writer is not None:
                 self._again = self._again or self._writer != me
                 return
             self._writer = me
             self._again = False
-        done = False
         try:
-            while not done:
+            while True:
                 blocked = self._drain()
-                with self._guard:
-                    done = not self._again and (blocked or not self._entries)
-                    self._again = False
-                    if done:
+                with guard:
+                    if not self._again and (blocked or not self._entries):
                         self._writer = None
-        finally:
-            if not done:
-                with self._guard:
-                    self._writer = None
+                        return
+                    self._again = False
+        except BaseException:
+            with guard:
+                self._writer = None
+            raise
 
     def _drain_single(self) -> bool:
         """One write call per buffer, as in the original."""
@@ -239,8 +248,11 @@ class OutputQueue:
                 waiting, buffers, offered = self._batch()
                 count = writev(buffers)
             if count == offered:
-                for _ in waiting:
-                    entries.popleft()
+                if self._alone and len(entries) == len(waiting):
+                    entries.clear()  # 20 ns less for each
+                else:
+                    for _ in waiting:
+                        entries.popleft()
                 self._bytes_out += count + self._sent
                 self._sent = 0
                 self._room = min(2 * self._room, BATCH_BYTES)
@@ -257,7 +269,7 @@ class OutputQueue:
         entries, room, sent = self._entries, self._room, self._sent
         with self._guard:
             waiting = list(islice(entries, MOST_PACKETS))
-            everything = len(waiting) == len(entries) and self.size <= room
+            everything = len(waiting) == len(entries) and sum(map(len, waiting)) <= room
         if everything:
             with contextlib.suppress(TypeError):  # a large payload among them
                 joined = memoryview(b"".join(waiting))[sent:]  # type: ignore[arg-type]

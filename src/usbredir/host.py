@@ -192,7 +192,7 @@ class Host(StreamHost):
             locks=locks,
             limits=replace(limits, max_queued_packets=None, max_queued_bytes=None),
         )
-        self._backlog_exceeds = self._parser.backlog_exceeds
+        self._backlog_exceeds = self._parser.watch_backlog()
         if device is not None:
             try:
                 self.set_device(device)

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import enum
 import logging
-import struct
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import NoReturn
 
 from . import _state, capabilities
 from ._framing import REASONS, Decoder, packet_name
-from ._layout import REPLY, Declaration, Reject, compile_encoder
-from ._queue import Entry, OutputQueue
+from ._layout import REPLY, Declaration, Reject, compile_sender
+from ._queue import OutputQueue
 from .capabilities import ALL
 from .errors import (
     ConnectionClosed,
@@ -172,7 +172,6 @@ class Parser:
             callbacks.write,
             getattr(callbacks, "writev", None),
             owned=write_owns_buffer,
-            counting=usb_host,
         )
         self._push = self._queue.push
         receives = Direction.GUEST_TO_HOST if usb_host else Direction.HOST_TO_GUEST
@@ -198,8 +197,8 @@ class Parser:
     def _settle(self) -> None:
         """Choose the layouts that the two capability sets settle."""
         self._decoder.set_capabilities(self._own, self._peer or 0)
-        # class -> encoder, filled on first use; a new table each time, so that senders see one or the other
-        self._encoders: dict[type[Packet], Callable[[Packet], Entry]] = {}
+        # class -> what sends its packets, filled on first use; a new table each time: threads see one or the other
+        self._senders: dict[type[Packet], Callable[[Packet], None]] = {}
 
     # ------------------------------------------------------------ reading
 
@@ -292,17 +291,8 @@ class Parser:
         role, the capabilities or a field's width forbid the packet, QueueFullError at a limit.
         Threads: any number of callers.
         """
-        try:
-            entry = self._encoders[packet.__class__](packet)
-        except KeyError:
-            self._encoder(packet)
-            self.send(packet)
-            return
-        except Reject as reject:
-            raise self._refused(packet, REASONS[reject.reason], reject.reason) from None
-        except (struct.error, ValueError, TypeError, OverflowError) as error:
-            raise self._refused(packet, str(error), "field_range") from error
-        self._push(entry)
+        send = self._senders.get(packet.__class__) or self._new_sender(packet)
+        send(packet)
 
     def sender(self, packet_class: type[Packet], *given: str) -> Callable[..., None]:
         """A function that sends packets of one class without making them: it is called with the values *given* names.
@@ -320,23 +310,13 @@ class Parser:
         return self._sender(packet_class, REPLY)
 
     def _sender(self, packet_class: type[Packet], given: tuple[str, ...]) -> Callable[..., None]:
-        encode, push = self._compile(packet_class.declaration, given), self._push
+        return self._compile(packet_class.declaration, given)(self._push, partial(self._refuse, packet_class))
 
-        def send(*values: Any) -> None:
-            try:
-                push(encode(*values))
-            except Reject as reject:
-                raise self._refused(packet_class, REASONS[reject.reason], reject.reason) from None
-            except (struct.error, ValueError, TypeError, OverflowError) as error:
-                raise self._refused(packet_class, str(error), "field_range") from error
-
-        return send
-
-    def _encoder(self, packet: Packet) -> None:
-        """Make the encoder of a type that is sent for the first time."""
+    def _new_sender(self, packet: Packet) -> Callable[[Packet], None]:
+        """What sends packets of a type that is sent for the first time."""
         if not isinstance(packet, Packet) or not hasattr(packet, "declaration"):
             raise TypeError(f"not a packet of one of the 33 types: {packet!r}")
-        encoders = self._encoders
+        senders = self._senders
         declaration = packet.declaration
         if packet.packet_type in BY_ITSELF:
             raise LocalProtocolError(
@@ -344,17 +324,25 @@ class Parser:
             )
         if not declaration.may_travel(self._sends):
             raise self._refused(packet, f"it does not travel {self._sends.value}", "send_type_not_allowed")
-        encoders[type(packet)] = self._compile(declaration)
+        sender = senders[type(packet)] = self._sender(type(packet), ("packet",))
+        return sender
 
-    def _compile(self, declaration: Declaration, given: tuple[str, ...] = ("packet",)) -> Callable[..., Entry]:
+    def _compile(self, declaration: Declaration, given: tuple[str, ...]) -> Callable[..., Callable[..., None]]:
         peer = self._peer or 0
         both = self._own & peer
         wide_ids = capabilities.has(both, Capability.IDS_64BITS)
-        return compile_encoder(declaration, wide_ids, both, peer, self._sends, self._limits.max_bulk, given)
+        return compile_sender(declaration, wide_ids, both, peer, self._sends, self._limits.max_bulk, given)
 
     def _queue_packet(self, packet: Packet) -> None:
         """Queue a packet of the parser's own: the peer waits for it, so no limit holds it back."""
-        self._queue.push_unlimited(self._compile(packet.declaration)(packet))
+        send = self._compile(packet.declaration, ("packet",))
+        send(self._queue.push_unlimited, partial(self._refuse, packet))(packet)
+
+    def _refuse(self, packet: object, error: Exception) -> NoReturn:
+        """Raise what a caller is to see of an error while encoding."""
+        if isinstance(error, Reject):
+            raise self._refused(packet, REASONS[error.reason], error.reason) from None
+        raise self._refused(packet, str(error), "field_range") from error
 
     def _refused(self, packet: object, why: str, reason: str) -> LocalProtocolError:
         packet_type: int | None = getattr(packet, "packet_type", None)
@@ -374,12 +362,15 @@ class Parser:
         """Packets queued, a partly written one included. Threads: any number of callers."""
         return len(self._queue)
 
-    @property
-    def backlog_exceeds(self) -> Callable[[int, int], bool]:
-        """``backlog_exceeds(packets, bytes)``: whether more than so many are queued. Threads: any number of callers.
+    def watch_backlog(self) -> Callable[[int, int], bool]:
+        """``exceeds(packets, bytes)``: whether more than so many are queued. For one that asks at every packet.
 
-        A function that can be kept: it is asked at every packet.
+        Bytes are counted from now on, which takes time with each packet: ask for the function before anything is sent.
+        Threads: one caller, nothing else going on; the function: any number of callers.
         """
+        self._queue.count()
+        self._push = self._queue.push
+        self._senders.clear()
         return self._queue.exceeds
 
     def buffered_output_size(self) -> int:
@@ -446,7 +437,7 @@ class Parser:
         reader.finish()
         lacking, self._own, self._peer, self._decoder = self._own & ~own, own, peer, decoder
         self._queue.replace(queue)
-        self._encoders = {}
+        self._senders = {}
         if lacking:
             names = ", ".join(str(c) for c in sorted(members(lacking)))
             self._callbacks.log(LogLevel.WARNING, f"the migration source lacks capabilities that we have: {names}")
