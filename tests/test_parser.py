@@ -9,11 +9,13 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from usbredir import _framing, _layout
 from usbredir._framing import REASONS
 from usbredir._layout import header_struct
 from usbredir.capabilities import ALL, mask_of
@@ -60,10 +62,12 @@ from .strategies import (
     bits,
     carry,
     packets,
+    packets_of,
     parser_pair,
     raw_hello,
     raw_packet,
     sendable,
+    settled,
     valid_packet,
 )
 
@@ -944,6 +948,119 @@ def test_limit_of_queued_bytes(locks: LockCallbacks | None) -> None:
         parser.send(BulkPacket(endpoint=0x81))
     parser.send(DeviceDisconnect())
     assert parser.buffered_output_size() == 100
+
+
+# ================================================================ rows of like packets
+
+
+class Stumbling(End):
+    """An application that fails at one packet, once it is told at which."""
+
+    fails_at = -1
+
+    def packet_received(self, packet: Packet) -> None:
+        super().packet_received(packet)
+        if len(self.received) - 1 == self.fails_at:
+            raise ZeroDivisionError
+
+
+def reading_of(direction: Direction, words: tuple[int, int], stream: bytes, fails_at: int, least: int) -> list[object]:
+    """Everything that comes out of *stream*, in order: packets, errors, and what is left open."""
+    usb_host = direction is GUEST
+    host, host_end, guest, guest_end = parser_pair(*words, ends=Stumbling)
+    parser, end = (host, host_end) if usb_host else (guest, guest_end)
+    assert isinstance(end, Stumbling)
+    end.fails_at, end.incoming = fails_at, stream
+    outcome: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_framing, "LEAST_ROWS", least)
+        while True:
+            try:
+                parser.do_read()
+                break
+            except (RemoteProtocolError, ZeroDivisionError) as error:
+                outcome += [len(end.received), type(error), str(error)]
+    return [*outcome, *end.received, parser.serialize()]
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[Direction, tuple[int, int], bytes]:
+    """Packets of one type and length in a row, some bytes of which were changed."""
+    words = draw(st.sampled_from([(EVERYTHING, EVERYTHING), (0, 0), (EVERYTHING, 0b0011_1000), (0x80, EVERYTHING)]))
+    direction = draw(st.sampled_from([HOST, GUEST]))
+    host, host_end, guest, guest_end = parser_pair(*words)
+    sender, end = (host, host_end) if direction is HOST else (guest, guest_end)
+    own, peer = (settled(words[0], usb_host=True), settled(words[1], usb_host=False))[:: 1 if direction is HOST else -1]
+    kinds = [cls for cls in sendable(direction, own, peer) if cls.declaration.transfers]
+    packet = draw(st.sampled_from(kinds).flatmap(lambda cls: packets_of(cls, direction, own & peer)))
+    for number in range(draw(st.integers(10, 40))):
+        sender.send(packet.replace(id=number))
+    sender.do_write()
+    stream = bytearray(end.take_output())
+    for at in draw(st.lists(st.integers(0, min(len(stream), 3000) - 1), max_size=3)):
+        stream[at] = draw(st.integers(0, 255))
+    return direction, words, bytes(stream)
+
+
+@given(rows(), st.integers(0, 60))
+def test_a_row_is_read_as_its_packets_one_by_one(row: tuple[Direction, tuple[int, int], bytes], fails_at: int) -> None:
+    """The same packets, and the same errors at the same places, whatever is wrong in the middle."""
+    direction, words, stream = row
+    together = reading_of(direction, words, stream, fails_at, least=8)
+    assert together == reading_of(direction, words, stream, fails_at, least=1 << 30)
+
+
+IN_REQUEST: dict[str, Any] = {"endpoint": 0x81, "status": 0, "length": 512, "stream_id": 0, "data": b""}
+OUT_REQUEST: dict[str, Any] = {"endpoint": 1, "status": 0, "length": 4, "stream_id": 0, "data": b"data"}
+SMALL_BULK = Limits(max_bulk=1000)
+
+
+@pytest.mark.parametrize(
+    ("limits", "row", "other", "reason"),
+    [
+        (Limits(), IN_REQUEST, {"endpoint": 0x8F, "status": 255, "length": 1000, "stream_id": 2**32 - 1}, None),
+        (Limits(), IN_REQUEST, {"endpoint": 2}, "data_length_mismatch"),
+        (Limits(), IN_REQUEST, {"length": 65536 + 512}, None),
+        (Limits(), IN_REQUEST, {"data": b"data"}, "unexpected_data"),
+        (SMALL_BULK, IN_REQUEST, {"length": 1001}, "bulk_length_limit"),
+        (SMALL_BULK, IN_REQUEST, {"length": 65537}, "bulk_length_limit"),
+        (Limits(), OUT_REQUEST, {"endpoint": 0x0F, "status": 255, "stream_id": 2**32 - 1, "data": b"atad"}, None),
+        (Limits(), OUT_REQUEST, {"endpoint": 0x81}, "unexpected_data"),
+        (Limits(), OUT_REQUEST, {"length": 3}, "data_length_mismatch"),
+        (Limits(), OUT_REQUEST, {"length": 65536 + 4}, "data_length_mismatch"),
+        (Limits(), OUT_REQUEST, {"length": 5, "data": b"datum"}, None),
+    ],
+)
+def test_one_of_a_row_is_another(
+    limits: Limits, row: dict[str, Any], other: dict[str, Any], reason: str | None
+) -> None:
+    """What is checked of a packet by itself is checked of one in a row."""
+    parser, end = connected_host(limits=limits)
+    requests = [{**row, **(other if number == 20 else {})} for number in range(40)]
+    for number, request in enumerate(requests):
+        endpoint, status, length, stream_id, data = request.values()
+        head = struct.pack("<BBHIH", endpoint, status, length & 0xFFFF, stream_id, length >> 16)
+        end.incoming += raw_packet(PacketType.BULK_PACKET, head + data, number)
+    expected = [BulkPacket(id=number, **request) for number, request in enumerate(requests)]
+    if reason is not None:
+        with pytest.raises(RemoteProtocolError) as caught:
+            parser.do_read()
+        assert caught.value.reason == reason
+        del expected[20]
+    parser.do_read()
+    assert end.received == expected
+
+
+@pytest.mark.parametrize("count", [2, 9, 10, 700])
+def test_a_row_is_unpacked_at_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third packet on, when at least eight follow."""
+    parser, end = connected_host()
+    compile_rows = Mock(side_effect=_layout.compile_rows)
+    monkeypatch.setattr(_framing, "compile_rows", compile_rows)
+    end.incoming = b"".join(bulk_out(b"some data", number) for number in range(count))
+    parser.do_read()
+    assert ids(end) == list(range(count))
+    assert compile_rows.called == (count >= 10)
 
 
 # ================================================================ writing
