@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import inspect
 import re
 import sys
@@ -151,7 +150,10 @@ def limits() -> str:
     meanings = dict(re.findall(r"^(\w+): (.+?)(?=^\w|\Z)", doc, re.MULTILINE | re.DOTALL))
     return table(
         "limit|default|meaning",
-        ((f"`{f.name}`", _number(f.default), in_one_line(meanings[f.name])) for f in dataclasses.fields(Limits)),
+        (
+            (f"`{name}`", _number(default), in_one_line(meanings[name]))
+            for name, default in Limits._field_defaults.items()
+        ),
     )
 
 

@@ -141,7 +141,7 @@ def test_every_generated_table_is_used(generate: ModuleType) -> None:
 def test_a_stale_table_is_found(generate: ModuleType) -> None:
     stale = "<!-- generated: limits -->\nold\n<!-- end -->\n"
     assert generate.updated(stale) == f"<!-- generated: limits -->\n{generate.limits()}<!-- end -->\n"
-    assert all(f"`{name}`" in generate.limits() for name in Limits.__dataclass_fields__)
+    assert all(f"`{name}`" in generate.limits() for name in Limits._fields)
 
 
 def test_the_table_of_packets_is_complete() -> None:

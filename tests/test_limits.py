@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
-
 import pytest
 
 from usbredir import errors, host, parser
@@ -31,19 +29,19 @@ def test_defaults() -> None:
 
 
 def test_every_limit_is_tested() -> None:
-    assert {field.name for field in fields(Limits)} == set(SHOWN_BY)
+    assert set(Limits._fields) == set(SHOWN_BY)
 
 
 def test_every_limit_is_described() -> None:
     assert Limits.__doc__ is not None
-    for field in fields(Limits):
-        assert f" {field.name}: " in Limits.__doc__
+    for name in Limits._fields:
+        assert f" {name}: " in Limits.__doc__
 
 
 def test_limits_are_values() -> None:
     """One object may be shared: it cannot change."""
     assert Limits(max_bulk=5) == Limits(max_bulk=5) != Limits()
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         Limits().max_bulk = 5  # type: ignore[misc]
 
 

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import repeat
 from operator import length_hint
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from .capabilities import has
 from .proto import MAX_INTERFACES, Capability, Direction, PacketType
@@ -73,8 +72,7 @@ class Reject(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class Wire:
+class Wire(NamedTuple):
     """How a field travels.
 
     code: struct code of one element. count: elements, more than 1 makes a tuple.
@@ -85,7 +83,7 @@ class Wire:
     """
 
     code: str = ""
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count
     since: tuple[Capability, ...] = ()
     high_half_since: Capability | None = None
     in_data: bool = False
@@ -99,16 +97,14 @@ class Wire:
         return not self.since or any(has(both, capability) for capability in self.since)
 
 
-@dataclass(frozen=True)
-class AtMost:
+class AtMost(NamedTuple):
     """The largest value a field may have, and the key of the error. *limit* None: ``Limits.max_bulk``."""
 
     limit: int | None
     reason: str
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(NamedTuple):
     """One declared field."""
 
     name: str
@@ -117,9 +113,8 @@ class Field:
     at_most: AtMost | None = None
 
 
-@dataclass(frozen=True, eq=False)
 class Declaration:
-    """Everything a packet class declares.
+    """Everything a packet class declares. Compared by identity, never changed.
 
     needs: the capability without which the packet may not travel. When sending the peer must have it,
         when receiving we must (so it is in the original).
@@ -129,27 +124,34 @@ class Declaration:
     data_only: directions in which the packet may not travel without its data (the wrong way round).
     """
 
-    name: str
-    packet_type: PacketType
-    direction: Direction
-    fields: tuple[Field, ...]
-    needs: Capability | None = None
-    input_only: bool = False
-    carries_id: bool = False
-    transfers: bool = False
-    data_only: Direction | None = None
-    cls: type = field(default=object, repr=False)
-
-    @property
-    def has_data(self) -> bool:
+    def __init__(
+        self,
+        name: str,
+        packet_type: PacketType,
+        direction: Direction,
+        fields: tuple[Field, ...],
+        *,
+        needs: Capability | None = None,
+        input_only: bool = False,
+        carries_id: bool = False,
+        transfers: bool = False,
+        data_only: Direction | None = None,
+        cls: type = object,
+    ) -> None:
+        self.name = name
+        self.packet_type = packet_type
+        self.direction = direction
+        self.fields = fields
+        self.needs = needs
+        self.input_only = input_only
+        self.carries_id = carries_id
+        self.transfers = transfers
+        self.data_only = data_only
+        self.cls = cls
+        self.has_data = transfers or any(f.wire.in_data for f in fields)
         """Whether bytes behind the type header are possible."""
-        return self.transfers or any(f.wire.in_data for f in self.fields)
-
-    @property
-    def stored(self) -> tuple[str, ...]:
+        self.stored = ("id", *(f.name for f in fields), *(("data",) if transfers else ()))
         """Names of the stored values: id, the fields, and data for data packets."""
-        names = ("id", *(f.name for f in self.fields))
-        return (*names, "data") if self.transfers else names
 
     def may_travel(self, direction: Direction) -> bool:
         """Whether the packet may travel in *direction*."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import StateError
 
@@ -38,8 +38,7 @@ def state_error(reason: str) -> StateError:
     return StateError(f"the migration state cannot be loaded: {MESSAGES[reason]}", reason=reason)
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """What a migration state holds. *peer* is None while the peer's hello has not come."""
 
     own: int

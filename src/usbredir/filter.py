@@ -36,7 +36,7 @@ _INT64_MAX = 2**63 - 1
 _INT64_MIN = -(2**63)
 
 # What strtol accepts with base 0, all of it. ASCII only, so neither \s nor \d.
-_NUMBER = re.compile(r"[ \t\n\v\f\r]*([-+]?)(?:0[xX]([0-9a-fA-F]+)|([1-9][0-9]*)|(0[0-7]*))")
+_NUMBER = r"[ \t\n\v\f\r]*([-+]?)(?:0[xX]([0-9a-fA-F]+)|([1-9][0-9]*)|(0[0-7]*))"
 _SHORT = 16
 """Longest token worth remembering: the cache must not keep megabytes from a peer."""
 _SURE_DIGITS = {16: 16, 10: 19, 8: 21}
@@ -193,7 +193,7 @@ def _number(token: str) -> int | None:
 
 def _any_number(token: str) -> int | None:
     """A number of any length."""
-    match = _NUMBER.fullmatch(token)
+    match = re.fullmatch(_NUMBER, token)
     if match is None:
         return None
     sign, hexadecimal, decimal, octal = match.groups()

@@ -17,7 +17,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, cast
 
@@ -190,7 +189,7 @@ class Host(StreamHost):
             usb_host=True,
             write_owns_buffer=write_owns_buffer,
             locks=locks,
-            limits=replace(limits, max_queued_packets=None, max_queued_bytes=None),
+            limits=limits._replace(max_queued_packets=None, max_queued_bytes=None),
         )
         self._backlog_exceeds = self._parser.watch_backlog()
         if device is not None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .proto import MAX_BULK, MAX_PACKET
 
 __all__ = ["Limits"]
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Limits of a parser, a host or a guest.
 
     Attributes:
