@@ -66,6 +66,7 @@ class Parser:
             on_packet(packet.id, packet.endpoint, packet.status, 0, packet.data)
 
         self._received = received
+        self._senders: list[Callable[[], None]] = []
         locks = None if lock is None else ThreadingLocks()
         self._parser = parser = UsbredirParser(application, usb_host=host, send_hello=not no_hello, locks=locks)
         self.hello = False
@@ -79,6 +80,8 @@ class Parser:
             self._received(packet)
             return
         self._request = self._parser.sender(BulkPacket, "id", "endpoint", "length")
+        for bind in self._senders:
+            bind()
         self._application.packet_received = self._received
         self.hello = True
 
@@ -110,10 +113,18 @@ class Parser:
         if "objects" in OPT:
             send, make = self._parser.send, partial(cls, **values)
             return lambda packet_id, data: send(make(id=packet_id, data=data))
-        if len(values) == 1:
-            encode, endpoint = self._parser.sender(cls, "id", "endpoint", "data"), values["endpoint"]
-            return lambda packet_id, data: encode(packet_id, endpoint, data)
-        encode, fixed = self._parser.sender(cls, *values, "id", "data"), tuple(values.values())
+        names, fixed = (*values, "id", "data"), tuple(values.values())
+        encode: Callable[..., None]
+
+        def bind() -> None:  # a sender is of use until the next hello, and the bench may ask before the first
+            nonlocal encode
+            encode = self._parser.sender(cls, *names)
+
+        bind()
+        self._senders.append(bind)
+        if len(fixed) == 1:
+            endpoint = fixed[0]
+            return lambda packet_id, data: encode(endpoint, packet_id, data)
         return lambda packet_id, data: encode(*fixed, packet_id, data)
 
     def request(self, packet_id: int, length: int) -> None:

@@ -54,6 +54,7 @@ class OutputQueue:
         "_owned",
         "_room",
         "_sent",
+        "_turn",
         "_write",
         "_writer",
         "_writev",
@@ -83,6 +84,7 @@ class OutputQueue:
         self._bytes_in = 0
         self._bytes_out = 0
         self._room = BATCH_BYTES  # bytes for the next vectored write: about twice what the transport took last
+        self._turn: deque[None] = deque((None,))  # empty while a thread writes; only with locks
         self._writer: int | None = None
         self._again = False
         # Chosen once: asking for lock and limits again at every packet takes 200 of the 700 ns that queueing and
@@ -171,28 +173,36 @@ class OutputQueue:
 
         A call from another thread meanwhile makes the writer look again before it returns; a call from inside the
         write callback does nothing. An exception of the callback passes through, nothing is lost.
+
+        Who writes has the only item of a deque, which is one step to take or give back: two sections under the
+        application's lock take 400 ns more for each call.
         """
-        if not self._entries:
-            return  # what another thread is writing is among them until it is written
-        me, guard = threading.get_ident(), self._guard
-        with guard:
-            if self._writer is not None:
-                self._again = self._again or self._writer != me
-                return
-            self._writer = me
+        entries, turn = self._entries, self._turn
+        while entries:  # what another thread is writing is among them until it is written
+            try:
+                turn.pop()
+            except IndexError:
+                if self._writer == threading.get_ident():
+                    return
+                self._again = True
+                if not self._take_turn():
+                    return  # who has it looks at _again when it is back
             self._again = False
-        try:
-            while True:
+            self._writer = threading.get_ident()
+            try:
                 blocked = self._drain()
-                with guard:
-                    if not self._again and (blocked or not self._entries):
-                        self._writer = None
-                        return
-                    self._again = False
-        except BaseException:
-            with guard:
+            finally:
                 self._writer = None
-            raise
+                turn.append(None)
+            if blocked and not self._again:
+                return
+
+    def _take_turn(self) -> bool:
+        try:
+            self._turn.pop()
+        except IndexError:
+            return False
+        return True
 
     def _drain_single(self) -> bool:
         """One write call per buffer, as in the original."""
