@@ -25,7 +25,7 @@ PATIENCE = 60.0
 """Seconds that an interpreter may take on a busy machine."""
 
 LAYERS: dict[int, str] = {
-    0: "_startup proto errors locking _keep_alive _redirection virtual.medium virtual.fat virtual.control "
+    0: "_startup _ending proto errors locking _keep_alive _redirection virtual.medium virtual.fat virtual.control "
     "virtual.microsoft backends",
     1: "capabilities limits filter device _state backends._libusb backends._raw_descriptors "
     "backends._system backends._completions backends._exit",
@@ -57,6 +57,7 @@ TESTED_ELSEWHERE = {
     "__init__": ("test_architecture.py", "it has a docstring and a version, no code"),
     "__main__": ("test_cli.py", "two lines: the command as a process"),
     "_describe": ("test_cli.py", "part of the demonstration"),
+    "_ending": ("test_cli.py", "what all commands share; signals also in test_export"),
     "_disk_client": ("test_cli.py", "part of the demonstration"),
     "_aio_host": ("test_aio.py", "half of aio: guests and hosts are tested with each other"),
     "_aio_stream": ("test_aio.py", "what both halves of aio stand on"),
@@ -193,6 +194,44 @@ def test_a_module_can_be_imported_alone(name: str) -> None:
         assert all(LEVEL[module] < LEVEL[name] for module in above)
     if name in ("host", "guest", "parser", "transport"):
         assert not [module for module in above if module.startswith(("virtual", "backends"))]
+
+
+SLOW = (
+    "argparse asyncio concurrent.futures ctypes dataclasses inspect json libusb_package logging multiprocessing random "
+    "select selectors socket ssl subprocess tempfile tokenize traceback usb"
+)
+"""Modules that take long to import."""
+COMMAND = "from usbredir.cli import main; import contextlib\nwith contextlib.suppress(SystemExit): main(sys.argv[1:])"
+
+
+def loaded_by(statement: str, *arguments: str) -> set[str]:
+    """Names of the modules that a fresh interpreter imports for *statement*."""
+    program = f"import sys; before = set(sys.modules)\n{statement}\nprint(*set(sys.modules) - before)"
+    finished = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
+    return set(finished.stdout.splitlines()[-1].split())
+
+
+def test_importing_the_parser_is_quick() -> None:
+    """Nothing slow comes along that a parser only may need."""
+    loaded = loaded_by("import usbredir.parser")
+    assert "usbredir.parser" in loaded
+    assert not loaded & set(SLOW.split())
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"]])
+def test_the_command_starts_quickly(arguments: list[str]) -> None:
+    """What it can tell by itself it tells without the modules of its commands."""
+    loaded = loaded_by(COMMAND, *arguments)
+    assert {name for name in loaded if name.startswith("usbredir")} == {"usbredir", "usbredir.cli", "usbredir._ending"}
+    assert not loaded & {"asyncio", "ctypes", "logging", "socket", "usb"}
+
+
+def test_a_command_imports_no_other() -> None:
+    loaded = loaded_by(COMMAND, "list", "--help")
+    assert "usbredir._listing" in loaded
+    assert not loaded & {"usbredir._attach", "usbredir._export", "usbredir._run", "usbredir.exporter", "usbredir.demo"}
 
 
 def test_the_host_knows_no_device() -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from usbredir import __version__, _describe, _listing, cli, demo
 from usbredir._disk_client import DiskClient
-from usbredir._messages import Failure
+from usbredir._ending import Failure
 from usbredir.cli import ExitCode
 from usbredir.errors import (
     DeviceError,

@@ -20,7 +20,7 @@ import pytest
 import usb.core
 
 from usbredir import _export, cli
-from usbredir._messages import ExitCode
+from usbredir._ending import ExitCode, ending_signals
 from usbredir.backends import _source
 from usbredir.errors import DeviceClaimError, DeviceError, DeviceLostError, DeviceNotFoundError
 from usbredir.exporter import Connecting, FactorySource, Listening
@@ -569,9 +569,9 @@ def test_ignored_signals_stay_ignored() -> None:
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert signal.SIGHUP not in _export.ending_signals()
+        assert signal.SIGHUP not in ending_signals()
         with _export._StopSignal():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert signal.SIGTERM in _export.ending_signals()
+    assert signal.SIGTERM in ending_signals()

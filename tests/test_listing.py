@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from usbredir import cli
-from usbredir._messages import ExitCode
+from usbredir._ending import ExitCode
 from usbredir.backends import pyusb
 from usbredir.errors import DeviceError
 from usbredir.filter import DeviceIds

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from usbredir._messages import ExitCode, Failure, Messages
+from usbredir._ending import ExitCode, Failure
+from usbredir._messages import Messages
 from usbredir.exporter import Event
 from usbredir.parser import LogLevel
 

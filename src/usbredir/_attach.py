@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from . import filter as _filter
-from ._messages import ExitCode, Failure, Messages
+from ._ending import ExitCode, Failure
+from ._messages import Messages
 from ._qmp import Qmp, QmpError, QmpRefusal, socket_address
 from .errors import FilterSyntaxError
 from .exporter import Event
@@ -69,14 +70,9 @@ REMEDIES = {
 """What QEMU says when it refuses, and what to do then."""
 
 
-def add_arguments(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], formatter: type[argparse.HelpFormatter]
-) -> None:
-    """Add the command and its options."""
-    parser = commands.add_parser(
-        "attach", help="give a running QEMU a device that is exported", description=DESCRIPTION, epilog=EPILOG,
-        formatter_class=formatter, allow_abbrev=False,
-    )  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description, parser.epilog, parser.allow_abbrev = DESCRIPTION, EPILOG, False
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("address", nargs="?", metavar="ADDRESS", help="where the device is exported")
     what.add_argument("--detach", metavar="NAME", help="take a device away")

@@ -12,10 +12,11 @@ import errno
 import os
 import signal
 import socket
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from . import filter as _filter
-from ._messages import ExitCode, Failure, Messages
+from ._ending import ExitCode, Failure, ending_signals, interrupt
+from ._messages import Messages
 from ._virtual_kinds import KINDS, virtual_device
 from .errors import DeviceError, FilterSyntaxError, ProtocolError
 from .exporter import Connecting, DeviceSource, Exporter, ExportSettings, FactorySource, Listening, run
@@ -84,14 +85,9 @@ class _Append(argparse.Action):
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), Wanted(option_string or "", values)])
 
 
-def add_arguments(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], formatter: type[argparse.HelpFormatter]
-) -> None:
-    """Add the command and its options."""
-    parser = commands.add_parser(
-        "export", help="let virtual machines use devices", description=DESCRIPTION, epilog=EPILOG,
-        formatter_class=formatter, allow_abbrev=False,
-    )  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description, parser.epilog, parser.allow_abbrev = DESCRIPTION, EPILOG, False
     add = parser.add_argument
     add(
         "--device",
@@ -261,12 +257,6 @@ def _code_at_end(exporter: Exporter) -> ExitCode:
     return ExitCode.REFUSED  # told when it happened
 
 
-def ending_signals() -> list[signal.Signals]:
-    """The signals that end the command; one that is ignored, as under nohup, stays so."""
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-
-
 class _StopSignal:
     """SIGINT, SIGTERM and SIGHUP end the loop at its next round, wherever they hit; a second one ends at once.
 
@@ -295,9 +285,5 @@ class _StopSignal:
 
     def _handle(self, number: int, frame: object) -> None:
         if self._came:
-            _interrupt()
+            interrupt(number, frame)
         self._came = True
-
-
-def _interrupt() -> NoReturn:
-    raise KeyboardInterrupt

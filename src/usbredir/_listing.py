@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import filter as _filter
 from ._describe import CLASS_NAMES
-from ._messages import ExitCode, Failure
+from ._ending import ExitCode, Failure
 from ._virtual_kinds import KINDS
 from .errors import DeviceError, FilterSyntaxError
 from .filter import FilterResult, FilterRule
@@ -26,9 +26,8 @@ HUB = 0x09
 COLUMNS = ("bus-dev", "port", "ids", "speed", "class", "driver", "export", "name", "serial")
 
 
-def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command and its options."""
-    parser = commands.add_parser("list", help="show the devices that can be exported")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument("--json", action="store_true", help="as a JSON list")
     parser.add_argument("--filter", metavar="RULES", help="rules as for export --filter")
     parser.set_defaults(run=list_devices)

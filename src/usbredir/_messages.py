@@ -11,39 +11,12 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from enum import IntEnum
 
+from ._ending import ExitCode, Failure
 from .exporter import Event, Report
 from .parser import LogLevel, escape
 
-__all__ = ["ExitCode", "Failure", "Messages"]
-
-
-class ExitCode(IntEnum):
-    """What the process tells its caller."""
-
-    OK = 0
-    FAILED = 1
-    USAGE = 2
-    DEVICE = 3
-    ADDRESS = 4
-    REJECTED = 5
-    LOST = 6
-    PROTOCOL = 7
-    MISSING = 8
-    BUSY = 9
-    FORBIDDEN = 10
-    UNCONFIGURED = 11
-    REFUSED = 12
-    FILTERED = 13
-
-
-class Failure(Exception):
-    """Ends the command with a message and an exit code."""
-
-    def __init__(self, code: ExitCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+__all__ = ["Messages"]
 
 
 LEVELS = {logging.ERROR: LogLevel.ERROR, logging.WARNING: LogLevel.WARNING, logging.INFO: LogLevel.INFO}

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from . import _startup
-from ._messages import ExitCode, Failure
+from ._ending import ExitCode, Failure
 from ._startup.sitecustomize import VARIABLE
 from .transport import Connection, connect, parse_address
 
@@ -27,17 +27,10 @@ examples:
 """
 
 
-def add_arguments(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], formatter: type[argparse.HelpFormatter]
-) -> None:
-    """Add the command and its options."""
-    parser = commands.add_parser(
-        "run",
-        help="run a Python program that uses pyusb with the devices that others export",
-        usage="usbredir run --connect ADDRESS [--connect ADDRESS ...] -- PROGRAM [ARGUMENT ...]",
-        epilog=EPILOG,
-        formatter_class=formatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.usage = "usbredir run --connect ADDRESS [--connect ADDRESS ...] -- PROGRAM [ARGUMENT ...]"
+    parser.epilog = EPILOG
     parser.add_argument(
         "--connect", metavar="ADDRESS", action="append", required=True, help="where a device is exported"
     )

@@ -6,6 +6,7 @@ from it by SCSI commands, and measures.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import sys
 import threading
@@ -21,7 +22,7 @@ from .transport import GuestConnection, Listener, connect, listen, serve
 from .virtual import MassStorage
 from .virtual.fat import FatReader, make_image
 
-__all__ = ["run"]
+__all__ = ["add_arguments", "run"]
 
 IMAGE_BYTES = 16 * 1024 * 1024
 PICTURE_BYTES = 512 * 1024
@@ -49,6 +50,11 @@ def make_stick() -> bytes:
         "PICTURE.BIN": pattern * (PICTURE_BYTES // 4096),
     }
     return make_image(files, size=IMAGE_BYTES, label="USBREDIR")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has no options."""
+    parser.set_defaults(run=lambda options: run())
 
 
 def run(output: TextIO = sys.stdout) -> int:
