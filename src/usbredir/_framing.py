@@ -146,19 +146,17 @@ class Decoder:
 
     def wanted(self) -> int:
         """How many bytes to ask the transport for, at least 1."""
-        skip = self.skip and skippable(self.skip)
-        if skip:
-            return min(skip, READ_SIZE)
         if self._large is not None:
             return min(self._missing, max(self._trust, self._received))
+        if self.skip and skippable(self.skip):
+            return min(skippable(self.skip), READ_SIZE)
         return self._ask
 
     def take(self, piece: bytes | memoryview) -> None:
         """Add received bytes, at most :meth:`wanted` of them, which nobody changes. Call :meth:`parse` next."""
         self._ask = READ_SIZE
-        skip = self.skip and skippable(self.skip)
-        if skip:
-            dropped = min(skip, len(piece))
+        if self.skip:
+            dropped = min(skippable(self.skip), len(piece))
             self.skip -= dropped
             piece = piece[dropped:]
         if self._large is not None:
@@ -202,7 +200,12 @@ class Decoder:
         Raises RemoteProtocolError for a bad packet, and what *deliver* raises; either way the packet counts as
         consumed, and the next call goes on behind it.
         """
-        self._parse_chunk(deliver)
+        if self._large is not None:
+            if self._missing:
+                return
+            self._finish_large(deliver)
+        if self.pos < len(self._chunk):
+            self._parse_chunk(deliver)
         if self._rest is not None:
             self._take_rest()
             self._parse_chunk(deliver)
@@ -213,10 +216,6 @@ class Decoder:
         (self._chunk, self.pos), self._rest = self._rest, None
 
     def _parse_chunk(self, deliver: Callable[[Packet], None]) -> None:
-        if self._large is not None:
-            if self._missing:
-                return
-            self._finish_large(deliver)
         buffer, pos = self._chunk, self.pos
         end = len(buffer)
         length = packet_type = before = 0
@@ -344,12 +343,12 @@ class Decoder:
         if size >= NEXT_IS_LARGE:
             self._ask = self._header_size + len(head)
         self._trust = min(max(self._trust, size), MOST_TRUST)
-        make = _maker(self._entries[packet_type][2], head, 0, packet_id, data)
+        decode = self._entries[packet_type][2]
         try:
             if packet_type in SPECIAL:
-                self._special(packet_type, make)
+                self._special(packet_type, _maker(decode, head, 0, packet_id, data))
                 return
-            packet = make()
+            packet = decode(head, 0, packet_id, data)
         except Reject as reject:
             raise self._error(packet_type, reject.reason) from None
         deliver(packet)

@@ -218,35 +218,33 @@ class Parser:
         try:
             while True:
                 decoder.parse(deliver)
-                piece = self._read_piece(decoder.wanted())
+                count = decoder.wanted()
+                piece = self._read_into(count) if self._readinto is not None else self._callbacks.read(count)
                 if piece is None:
                     return
+                if piece.__class__ is not bytes or not 0 < len(piece) <= count:
+                    piece = self._checked(piece, count)
                 decoder.take(piece)
         finally:
             self._reading = False
 
-    def _read_piece(self, count: int) -> bytes | memoryview | None:
-        piece: bytes | bytearray | memoryview | None
-        if self._readinto is not None:
-            piece = self._read_into(self._readinto, count)
-        else:
-            piece = self._callbacks.read(count)
-            if isinstance(piece, (bytearray, memoryview)):
-                piece = bytes(piece)  # the application may use its buffer again
-        if piece is None:
-            return None
+    def _checked(self, piece: bytes | bytearray | memoryview, count: int) -> bytes | memoryview:
+        """What was read, if it may be used."""
         if not piece:
             raise ConnectionClosed("the peer closed the connection")
         if len(piece) > count:
             raise ValueError(f"read() returned {len(piece)} bytes although at most {count} were asked for")
+        if self._readinto is None or isinstance(piece, bytearray):
+            return bytes(piece)  # the application may use its buffer again
         return piece
 
-    def _read_into(self, readinto: Callable[[memoryview], int | None], count: int) -> memoryview | None:
+    def _read_into(self, count: int) -> memoryview | None:
         """Read into fresh memory that no later read overwrites, so that large payloads are copied only once."""
+        assert self._readinto is not None
         if len(self._spare) < min(count, LEAST_SPARE):
             self._spare = memoryview(bytearray(SPARE))
         buffer = self._spare[:count]
-        received = readinto(buffer)
+        received = self._readinto(buffer)
         if received is None:
             return None
         if not 0 <= received <= len(buffer):
