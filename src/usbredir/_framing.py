@@ -3,8 +3,8 @@
 Bytes go in with :meth:`Decoder.take`, packets come out of :meth:`Decoder.parse`, and :meth:`Decoder.wanted` says
 how many bytes to ask the transport for next. Three situations:
 
-* *small packets*: the transport is asked for 64 KiB; one loop parses what arrived; an open packet's bytes
-  stay in front of the next piece.
+* *small packets*: the transport is asked for 64 KiB; one loop parses what arrived, many at once where packets are
+  alike; an open packet's bytes stay in front of the next piece.
 * *an open large payload*: asked for exactly what is missing, so that it need not be cut out of anything;
   the pieces are kept as they are and joined once, when the last has come.
 * *behind a bad header*: the announced body is thrown away.
