@@ -1,4 +1,4 @@
-"""usbredir for a bench of parsers that drives each through one small class: see README.md, "Beside the C library".
+"""usbredir for a bench of parsers that drives each through one small class: see README.md, "The table".
 
 What is measured is the public way: :class:`~usbredir.parser.Parser` with packet objects, all checks, the default
 limits, and :class:`~usbredir.transport.Connection` on sockets. Packets are sent with ``Parser.sender``; with the option

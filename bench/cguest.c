@@ -1,7 +1,8 @@
 /* Round trips of a guest over TCP: the host that answers, and the C parser as the client that asks.
  *
  *   cguest serve                          prints its port, serves one client after the other until it is killed
- *   cguest ask PORT SIZE DEPTH SECONDS    prints round trips per second: bulk IN transfers of SIZE bytes, DEPTH in flight
+ *   cguest ask PORT SIZE DEPTH SECONDS    bulk IN transfers of SIZE bytes, DEPTH in flight: prints round trips per second, and the
+ *                                         50th, the 99th percentile and the worst of their times in microseconds
  *
  * The host packs and unpacks by hand, reads and writes as much as there is at a time, and is the same for every client.
  * The client reads as usbredirect does: one read() for each request of the parser, poll() when there is nothing.
@@ -24,9 +25,11 @@
 
 #define BULK_PACKET 101
 #define BUFFER (1 << 20)
+#define MOST_FLYING 1024
+#define MOST_TAKEN (1 << 22)
 
 static int fd;
-static long answered;
+static long answered, asked;
 static int size;
 static uint64_t next_id = 1;
 static struct usbredirparser *parser;
@@ -161,6 +164,9 @@ static void serve(void)
 /* ---------------------------------------------------------------- the client */
 
 static int connected;
+static double asked_at[MOST_FLYING]; /* answers come in the order of the requests */
+static float taken[MOST_TAKEN];
+static long count_taken = -1; /* below 0: not yet */
 
 static void on_log(void *priv, int level, const char *message)
 {
@@ -199,6 +205,7 @@ static void ask_once(void)
 {
     struct usb_redir_bulk_packet_header header = { .endpoint = 0x81, .length = size, .length_high = size >> 16 };
 
+    asked_at[asked++ % MOST_FLYING] = now();
     usbredirparser_send_bulk_packet(parser, next_id++, &header, NULL, 0);
 }
 
@@ -207,6 +214,8 @@ static void on_bulk(void *priv, uint64_t id, struct usb_redir_bulk_packet_header
     if (length != size || header->status != usb_redir_success)
         fail("answer");
     usbredirparser_free_packet_data(parser, data);
+    if (count_taken >= 0 && count_taken < MOST_TAKEN)
+        taken[count_taken++] = (now() - asked_at[answered % MOST_FLYING]) * 1e6;
     answered++;
     ask_once();
 }
@@ -222,6 +231,21 @@ static void exchange(void)
     poll(&p, 1, -1);
     if (usbredirparser_do_read(parser) < 0)
         fail("read");
+}
+
+static int compare(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+
+    return (x > y) - (x < y);
+}
+
+static void print_results(double rate)
+{
+    if (!count_taken)
+        fail("no answer");
+    qsort(taken, count_taken, sizeof(*taken), compare);
+    printf("%.1f %.2f %.2f %.2f\n", rate, taken[count_taken / 2], taken[count_taken * 99 / 100], taken[count_taken - 1]);
 }
 
 static int ask(int port, int depth, double seconds)
@@ -253,11 +277,12 @@ static int ask(int port, int depth, double seconds)
     for (int i = 0; i < 200; i++)
         exchange();
     before = answered;
+    count_taken = 0;
     start = now();
     do
         exchange();
     while ((spent = now() - start) < seconds);
-    printf("%.1f\n", (answered - before) / spent);
+    print_results((answered - before) / spent);
     return 0;
 }
 
@@ -269,5 +294,7 @@ int main(int argc, char **argv)
     if (argc != 6 || strcmp(argv[1], "ask"))
         return 2;
     size = atoi(argv[3]);
+    if (atoi(argv[4]) < 1 || atoi(argv[4]) > MOST_FLYING)
+        return 2;
     return ask(atoi(argv[2]), atoi(argv[4]), atof(argv[5]));
 }

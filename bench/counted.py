@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import statistics
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ SATURATED = 20_000
 """Packets for counts per packet."""
 SEGMENT = 64 * 1024
 """What a receiver typically finds in a socket."""
+QUEUE_ROUNDS = 11
+"""Of the queue's cost. Their least counts; with few of them, other work would show."""
 DEPTHS = (64, 256, 1024, 4096, 16384, 65536)
 
 
@@ -47,10 +50,13 @@ def counts(implementations: Sequence[Implementation]) -> list[Count]:
     for key, text, figure in (
         ("receive_calls", "recv calls per 64 B packet, saturated", _receive_calls),
         ("send_calls", f"send calls per 64 B packet, {PER_FLUSH} per flush", _send_calls),
-        ("queued_bytes", "Python memory per queued 64 B packet, bytes", _queued_bytes),
     ):
         ours, *others = [figure(i) for i in implementations]
-        result.append(Count(key, text, ours, others[0] if others and key != "queued_bytes" else None))
+        result.append(Count(key, text, ours, others[0] if others else None))
+    result += [
+        Count("queued_bytes", "memory per queued 64 B packet, bytes", _queued_bytes()),
+        Count("queued_blocks", "allocations per queued 64 B packet", _queued_blocks()),
+    ]
     for kind in KINDS:
         calls, buffers = _per_flush(kind)
         result.append(Count(f"write_calls {kind.name}", f"write calls per flush of {PER_FLUSH}, {kind.name}", calls))
@@ -146,20 +152,30 @@ def _per_flush(kind: Kind) -> tuple[int, int]:
 # ---------------------------------------------------------------- memory
 
 
-def _queued_bytes(implementation: Implementation) -> float:
-    end = implementation.make(MemorySink(), usb_host=True)
+def _queued_bytes() -> float:
+    tracemalloc.start()
+    bytes_each = _queued(lambda: tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    return bytes_each
+
+
+def _queued_blocks() -> float:
+    return _queued(sys.getallocatedblocks)
+
+
+def _queued(used: Callable[[], int]) -> float:
+    """What each of many queued packets adds."""
+    end = UsbredirEnd(MemorySink(), usb_host=True)
     end.receive()
     send, data = end.sender(SMALL), SMALL.payload
     send(0, data)
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
+    before = used()
     for packet_id in range(SATURATED):
         send(packet_id, data)
-    used = tracemalloc.get_traced_memory()[0] - before
-    tracemalloc.stop()
+    added = used() - before
     end.flush()
     end.close()
-    return used / SATURATED
+    return added / SATURATED
 
 
 class _Replay(ParserCallbacks):
@@ -255,18 +271,18 @@ def _sent_copies() -> float:
 # ---------------------------------------------------------------- queue and locks
 
 
-def queue_cost(implementation: Implementation, rounds: int, depths: Sequence[int] = DEPTHS) -> dict[int, float]:
+def queue_cost(implementation: Implementation, depths: Sequence[int] = DEPTHS) -> dict[int, float]:
     """Nanoseconds to queue one 64 B packet and write it, when so many are queued before the first is written.
 
-    The least of the rounds: other work only adds.
+    The least of the rounds: other work only adds. All depths move equally many packets, so that it meets all alike.
     """
     end = implementation.make(MemorySink(), usb_host=True)
     end.receive()
     send, flush, data = end.sender(SMALL), end.flush, SMALL.payload
     taken: dict[int, list[float]] = {depth: [] for depth in depths}
-    for turn in range(rounds + 1):
+    for turn in range(QUEUE_ROUNDS + 1):
         for depth in depths:
-            repeat = max(1, 4096 // depth)
+            repeat = max(depths) // depth
             start = time.process_time()
             for _ in range(repeat):
                 for packet_id in range(depth):

@@ -13,41 +13,53 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from goals import Figure, limit
+from machine import cpu_seconds, interpreter
+from processes import compiled, output
+
+__all__ = ["HOST_ROWS", "SOURCES", "TESTS", "Bed", "Outcome", "Pairs", "Test", "compare"]
+
 SOURCES = Path(__file__).resolve().parents[2] / "shared" / "vusb"
 SIZES = (512, 16 * 1024, 64 * 1024, 1024 * 1024)
+LARGE = 16 * 1024
+"""From here on a transfer is a large one."""
+GUEST_LIMIT = 30.0
+"""Seconds that the measuring guest may take in addition to those it measures."""
 
 
 class Test(NamedTuple):
-    """One row: what guestbench does. The rates are those that are asked for, times C's; None: nothing asked."""
+    """What guestbench does. *goal*: the row of the goals that its rate belongs to; "": it is only shown."""
 
     name: str
     size: int
     depth: int
-    least_rate: float | None = None
-    most_cpu: float | None = None
+    goal: str = ""
     interrupt_period: int = 1000
 
     def __str__(self) -> str:
         free = ", free-running" if not self.interrupt_period else ""
         return f"{self.name} {self.size} B x {self.depth}{free}"
 
-
-def _bulk(name: str, size: int, depth: int) -> Test:
-    if size >= 16 * 1024:
-        return Test(name, size, depth, 1.0, 1.5)
-    return Test(name, size, depth, 0.8 if depth == 1 else 0.6, 2.0)
+    @property
+    def cpu_goal(self) -> str:
+        """The row of the goals that its CPU time belongs to."""
+        return ("host-cpu-large" if self.size >= LARGE else "host-cpu-small") if self.goal else ""
 
 
 TESTS = (
-    *(_bulk(name, size, depth) for name in ("bulkin", "bulkout") for size in SIZES for depth in (1, 16)),
-    Test("control", 8, 1, 0.8, 2.0),
-    Test("control", 8, 16, 0.6, 2.0),
-    Test("bulkrecv", 512, 16, 0.6, 2.0),
-    Test("bulkrecv", 16 * 1024, 16),
+    *(
+        Test(name, size, depth, f"host-{depth}")
+        for name in ("bulkin", "bulkout")
+        for size in SIZES
+        for depth in (1, 16)
+    ),
+    *(Test("control", 8, depth, f"host-{depth}") for depth in (1, 16)),
+    *(Test("bulkrecv", size, 16, "host-16") for size in SIZES),
     Test("isoin", 8, 8),
     Test("interrupt", 8, 5),
     Test("interrupt", 8, 5, interrupt_period=0),
@@ -61,29 +73,41 @@ class Outcome(NamedTuple):
     cpu: float
 
 
-class Bed:
-    """The bus and the measuring guest, built from ../shared/vusb into *directory*."""
+Pairs = Sequence[tuple[Outcome, "Outcome | None"]]
+"""Rounds: our outcome and that of C, if there is one."""
 
-    def __init__(self, directory: Path) -> None:
-        self.preload = directory / "libvusbfs.so"
-        self.guest = directory / "guestbench"
-        compiler = ["cc", "-O2"]
-        bus = [str(SOURCES / name) for name in ("usbfs_preload.c", "vdev.c")]
-        libraries = ["-ldl", "-lpthread"]
-        subprocess.run([*compiler, "-fPIC", "-shared", "-o", str(self.preload), *bus, *libraries], check=True)
-        subprocess.run([*compiler, "-o", str(self.guest), str(SOURCES / "guestbench.c")], check=True)
+
+class Bed:
+    """The bus and the measuring guest, and how hosts are started on it."""
+
+    def __init__(self, preload: Path, guest: Path) -> None:
+        self._preload = preload
+        self.guest = guest
+
+    @classmethod
+    @contextmanager
+    def up(cls, sources: Path) -> Iterator[Bed]:
+        """Compile into a temporary directory. Raises RuntimeError."""
+        if not sources.is_dir():
+            raise RuntimeError(f"{sources} is not there")
+        with tempfile.TemporaryDirectory() as folder:
+            bus = (sources / "usbfs_preload.c", sources / "vdev.c")
+            preload = compiled(Path(folder, "libvusbfs.so"), *bus, flags=["-fPIC", "-shared"])
+            yield cls(preload, compiled(Path(folder, "guestbench"), sources / "guestbench.c"))
 
     def ours(self, python: str) -> list[str]:
         """The command of our host, with {port} for the port."""
-        return ["env", f"LD_PRELOAD={self.preload}", python, "-m", "usbredir", "export", *ARGUMENTS]
+        return ["env", f"LD_PRELOAD={self._preload}", python, "-m", "usbredir", "export", *ARGUMENTS]
 
     def peer(self, root: Path) -> list[str]:
-        """The command of the C host in a Debian tree, on the same bus and the same libusb."""
+        """The command of the C host in a Debian tree, on the same bus and the same libusb. Raises RuntimeError."""
         import libusb_package
 
+        if os.geteuid() or not (root / "usr/bin/usbredirect").exists():
+            raise RuntimeError(f"no usbredirect in {root}, or not root, which chroot takes")
         inside = root / "opt" / "usbredir-bench"
         inside.mkdir(parents=True, exist_ok=True)
-        shutil.copy(self.preload, inside)
+        shutil.copy(self._preload, inside)
         shutil.copy(str(libusb_package.get_library_path()), inside / "libusb-1.0.so.0")
         where = "/opt/usbredir-bench"
         env = ["env", f"LD_PRELOAD={where}/libvusbfs.so", f"LD_LIBRARY_PATH={where}"]
@@ -101,16 +125,16 @@ def measure(bed: Bed, command: Sequence[str], test: Test, seconds: float) -> Out
     host = subprocess.Popen(arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_until_ready(host)
-        before = _cpu_seconds(host.pid)
+        before = cpu_seconds(host.pid)
         guest = [str(bed.guest), "127.0.0.1", str(port), test.name, str(test.size), str(test.depth), str(seconds)]
-        done = subprocess.run(guest, capture_output=True, text=True, timeout=60 + seconds, check=False)
-        used = _cpu_seconds(host.pid) - before
+        written = output(guest, GUEST_LIMIT + seconds)
+        used = cpu_seconds(host.pid) - before
     finally:
         host.send_signal(signal.SIGKILL)
         host.wait()
-    match = re.search(r"([\d.]+) transfers/s", done.stdout)
+    match = re.search(r"([\d.]+) transfers/s", written)
     if match is None:
-        raise RuntimeError(f"{test}: {done.stdout}{done.stderr}")
+        raise RuntimeError(f"{test}: {written}")
     rate = float(match[1])
     return Outcome(rate, used / (rate * seconds) * 1e6)
 
@@ -123,71 +147,99 @@ def _free_port() -> int:
 
 def _wait_until_ready(host: subprocess.Popen[bytes]) -> None:
     """Until it has done what it does at its start: its CPU time stands still. A connection would use its only guest."""
-    before, still = -1.0, 0
-    while still < 5 and host.poll() is None:
+    before, still, end = -1.0, 0, time.monotonic() + GUEST_LIMIT
+    while still < 5 and host.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
-        now = _cpu_seconds(host.pid)
+        now = cpu_seconds(host.pid)
         still = still + 1 if now == before else 0
         before = now
 
 
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def compare(
     bed: Bed, ours: Sequence[str], peer: Sequence[str] | None, test: Test, rounds: int, seconds: float
-) -> tuple[Outcome, Outcome | None]:
-    """Medians of interleaved rounds."""
-    outcomes: dict[bool, list[Outcome]] = {True: [], False: []}
-    for number in range(rounds):
-        for mine in (True, False) if number % 2 else (False, True):
-            command = ours if mine else peer
-            if command is not None:
-                outcomes[mine].append(measure(bed, command, test, seconds))
-    return _median(outcomes[True]), _median(outcomes[False]) if peer is not None else None
+) -> Pairs:
+    """Interleaved rounds of one test. Raises RuntimeError."""
+    pairs = []
+    for turn in range(rounds):
+        first = measure(bed, peer, test, seconds) if peer is not None and turn % 2 else None
+        mine = measure(bed, ours, test, seconds)
+        pairs.append((mine, measure(bed, peer, test, seconds) if peer is not None and first is None else first))
+    return pairs
 
 
-def _median(outcomes: Sequence[Outcome]) -> Outcome:
-    rates, cpus = zip(*outcomes, strict=True)
-    return Outcome(statistics.median(rates), statistics.median(cpus))
+# ---------------------------------------------------------------- what is shown
 
 
-def row(test: Test, mine: Outcome, peer: Outcome | None) -> str:
-    """A row of the table in docs/performance.md."""
-    share = f"{mine.rate * mine.cpu / 1e4:.0f} %"
-    cells = [str(test), f"{mine.rate:,.0f}", f"{mine.cpu:.1f}", share]
-    if peer is not None:
-        rate, cpu = mine.rate / peer.rate, mine.cpu / max(peer.cpu, 1e-9)
-        asked = ""
-        if test.least_rate is not None and test.most_cpu is not None:
-            met = rate >= test.least_rate and cpu <= test.most_cpu
-            asked = f"{test.least_rate:g} / {test.most_cpu:g}{'' if met else ' (not met)'}"
-        cells += [f"{peer.rate:,.0f}", f"{peer.cpu:.1f}", f"{rate:.2f}", f"{cpu:.2f}", asked]
-    return "| " + " | ".join(cells) + " |"
+def _column(pairs: Pairs, figure: Callable[[Outcome], float]) -> tuple[float, float | None, float | None]:
+    """Medians of ours, of C's, and of the rounds' ratios."""
+    both = [(figure(mine), figure(peer)) for mine, peer in pairs if peer is not None]
+    ours = statistics.median(figure(mine) for mine, _ in pairs)
+    if not both:
+        return ours, None, None
+    ratio = statistics.median(mine / max(peer, 1e-9) for mine, peer in both)
+    return ours, statistics.median(peer for _, peer in both), ratio
+
+
+def _rate(test: Test, pairs: Pairs) -> Figure:
+    ours, c, ratio = _column(pairs, lambda outcome: outcome.rate)
+    return _figure(test, f"{ours:,.0f} per s", "" if c is None else f"{c:,.0f}", ratio)
+
+
+def _cpu(test: Test, pairs: Pairs) -> Figure:
+    ours, c, ratio = _column(pairs, lambda outcome: outcome.cpu)
+    return _figure(test, f"{ours:.1f} us", "" if c is None else f"{c:.1f}", ratio)
+
+
+def _figure(test: Test, ours: str, c: str, ratio: float | None) -> Figure:
+    return Figure(str(test), {} if ratio is None else {"x C": ratio}, f"{ours}{f', C {c}' * bool(c)}")
+
+
+def _rates(results: Mapping[Test, Pairs], goal: str) -> Iterator[Figure]:
+    return (_rate(test, pairs) for test, pairs in results.items() if test.goal == goal)
+
+
+def _cpus(results: Mapping[Test, Pairs], goal: str) -> Iterator[Figure]:
+    return (_cpu(test, pairs) for test, pairs in results.items() if test.cpu_goal == goal)
+
+
+HOST_ROWS: dict[str, Callable[[Mapping[Test, Pairs], str], Iterator[Figure]]] = {
+    "host-16": _rates,
+    "host-1": _rates,
+    "host-cpu-large": _cpus,
+    "host-cpu-small": _cpus,
+}
+"""By key of the table's rows."""
+
+
+def line(test: Test, pairs: Pairs) -> str:
+    """A line of a table."""
+    cells = [str(test)]
+    for goal, figure in ((test.goal, _rate(test, pairs)), (test.cpu_goal, _cpu(test, pairs))):
+        ratio = figure.values.get("x C")
+        asked = f", {limit(goal, 'x C')}" if goal and ratio is not None else ""
+        missed = " (not met)" if asked and ratio is not None and not limit(goal, "x C").met(ratio) else ""
+        cells += [figure.text, "" if ratio is None else f"{ratio:.2f}{asked}{missed}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer-root", type=Path, help="a Debian tree with usbredirect 0.15; needs root, for chroot")
+    parser.add_argument("--vusb", type=Path, default=SOURCES, help="the virtual bus (default ../shared/vusb)")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that runs our host")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.7)
     parser.add_argument("--only", default="", help="a part of the row's name")
     arguments = parser.parse_args()
-    head = ["transfers", "per s", "us CPU each", "of a core"]
-    if arguments.peer_root is not None:
-        head += ["C per s", "C us CPU", "rate / C", "CPU / C", "asked"]
-    with tempfile.TemporaryDirectory() as directory:
-        bed = Bed(Path(directory))
+    print(interpreter())
+    with Bed.up(arguments.vusb) as bed:
         peer = None if arguments.peer_root is None else bed.peer(arguments.peer_root)
-        print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+        print("| transfers | rate | x C | CPU each | x C |\n|---|---|---|---|---|")
         for test in TESTS:
             if arguments.only in str(test):
-                results = compare(bed, bed.ours(arguments.python), peer, test, arguments.rounds, arguments.seconds)
-                print(row(test, *results), flush=True)
+                pairs = compare(bed, bed.ours(arguments.python), peer, test, arguments.rounds, arguments.seconds)
+                print(line(test, pairs), flush=True)
     return 0
 
 

@@ -5,22 +5,32 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from counted import DEPTHS, Count, counts, queue_cost
 from ctypes_peer import CtypesEnd, load
 from endpoints import UsbredirEnd
-from timed import CReceiver, Implementation, PlainSocket, Row, library_connection, memory_rows, run_rounds, tcp_rows
+from goals import Limit, at_least, at_most, limit
+from machine import interpreter, machine
+from timed import (
+    PER_FLUSH,
+    CReceiver,
+    Implementation,
+    PlainSocket,
+    Row,
+    library_connection,
+    memory_rows,
+    run_rounds,
+    tcp_rows,
+)
+from wire import KINDS
 
 SECTIONS = ("memory", "tcp", "counts")
 
@@ -34,46 +44,20 @@ class Results:
     queue: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Goal:
-    """A goal of the project and what was measured. *least*: the value must not be below the limit, else not above."""
+class Goal(NamedTuple):
+    """What was measured, and what it may be."""
 
     text: str
     value: float
-    limit: float
-    least: bool = True
+    limit: Limit
 
     @property
     def met(self) -> bool:
         """Whether the goal is met."""
-        return self.value >= self.limit if self.least else self.value <= self.limit
+        return self.limit.met(self.value)
 
     def __str__(self) -> str:
-        sign = ">=" if self.least else "<="
-        return f"{'ok  ' if self.met else 'FAIL'}  {self.text}: {self.value:.3g}, goal {sign} {self.limit:g}"
-
-
-def machine() -> dict[str, Any]:
-    """Where the numbers come from."""
-    configured = sysconfig.get_config_var("CONFIG_ARGS") or ""
-    return {
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "enable_optimizations": "--enable-optimizations" in configured,
-        "gil": getattr(sys, "_is_gil_enabled", lambda: True)(),
-        "system": f"{platform.system()} {platform.release()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return f"{'ok  ' if self.met else 'FAIL'}  {self.text}: {self.value:.3g}, goal {self.limit}"
 
 
 def measure(arguments: argparse.Namespace, stack: ExitStack) -> Results:
@@ -97,39 +81,64 @@ def measure(arguments: argparse.Namespace, stack: ExitStack) -> Results:
         for implementation in implementations:
             # The C library walks its queue for each packet: a long one would take minutes.
             depths = DEPTHS if implementation.name == "usbredir" else DEPTHS[:4]
-            results.queue[implementation.name] = queue_cost(implementation, arguments.rounds, depths)
+            results.queue[implementation.name] = queue_cost(implementation, depths)
     return results
 
 
 # ---------------------------------------------------------------- goals
 
 
+PARSE_SMALL = at_least(5)
+"""Parsing of up to 512 B, times as fast as ctypes. To become ``limit("parse-small", "x ctypes")`` once that is met."""
+PARSE_MEDIUM, SEND_EACH, SEND_MANY = at_least(3), at_least(1.1), at_least(1.3)
+"""Of 4 KiB; with a packet object made for each, as users do. These only catch a step backwards."""
+C_QUEUED_BYTES = 144
+"""Of a 64 B packet in the C library's queue. Source: ../shared/PERFORMANCE.md, 9."""
+SMALL_WRITE, LARGE_WRITE = 64 * 1024, 1024 * 1024
+"""Up to here the packets of a flush are one buffer; from here on they may be several writes."""
+
+
 def goals(results: Results) -> Iterator[Goal]:
     """The goals that a busy machine does not blur: ratios within one process, and counts."""
     for row in results.rows:
-        ratio = row.ratio("ctypes")
-        if ratio is None or row.section not in ("parse", "send"):
-            continue
-        text = f"{row.section} {row.kind.name}{', ' * bool(row.case)}{row.case}, times as fast as ctypes"
-        if row.section == "send":
-            # The packet object is made anew each time, as users do: 290 of the 875 ns that a 64 B packet takes, of
-            # which 100 are CPython's call of a class with keywords. These limits only catch a step backwards.
-            yield Goal(text, ratio, 1.1 if row.case == "flush each" else 1.3)
-        elif row.kind.size <= 4096:
-            yield Goal(text, ratio, 3 if row.kind.size == 4096 else 5)
+        ratio, wanted = row.ratio("ctypes"), _times_ctypes(row)
+        if ratio is not None and wanted is not None:
+            text = f"{row.section} {row.kind.name}{', ' * bool(row.case)}{row.case}, times as fast as ctypes"
+            yield Goal(text, ratio, wanted)
     if results.queue:
-        costs = results.queue["usbredir"]
-        yield Goal(f"queue: cost at {DEPTHS[-1]} over the least", costs[DEPTHS[-1]] / min(costs.values()), 2, False)
-    limits = {
-        "receive_calls": 0.05,
-        "send_calls": 0.05,
-        "receive_copies": 1.1,
-        "receive_copies_pieces": 1.1,
-        "send_copies": 0.1,
-    }
+        costs = results.queue["usbredir"].values()
+        yield Goal("queue: dearest depth over the cheapest", max(costs) / min(costs), limit("flatness", "times"))
+    limits = _count_limits()
     for count in results.counts:
         if count.key in limits:
-            yield Goal(count.text, count.value, limits[count.key], False)
+            yield Goal(count.text, count.value, limits[count.key])
+
+
+def _times_ctypes(row: Row) -> Limit | None:
+    if row.section == "send":
+        return SEND_EACH if row.case == "flush each" else SEND_MANY
+    if row.section == "parse" and row.kind.size <= 4096:
+        return PARSE_MEDIUM if row.kind.size == 4096 else PARSE_SMALL
+    return None
+
+
+def _count_limits() -> dict[str, Limit]:
+    """By key of the count."""
+    calls, memory = limit("calls", "calls"), limit("memory", "x C")
+    limits = {
+        "receive_calls": calls,
+        "send_calls": calls,
+        "queued_bytes": at_most(memory.value * C_QUEUED_BYTES),
+        "queued_blocks": at_most(1.1),
+        "receive_copies": at_most(1.1),
+        "receive_copies_pieces": at_most(1.1),
+        "send_copies": at_most(0.1),
+    }
+    for kind in KINDS:
+        flush = kind.size * PER_FLUSH
+        limits[f"write_calls {kind.name}"] = at_most(max(1, flush // LARGE_WRITE))
+        limits[f"buffers {kind.name}"] = at_most(1 if flush < SMALL_WRITE else 2 * PER_FLUSH)
+    return limits
 
 
 # ---------------------------------------------------------------- output
@@ -193,8 +202,7 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 5)
     where = machine()
-    build = f"configured {'with' if where['enable_optimizations'] else 'without'} --enable-optimizations"
-    print(f"{where['python']} ({build}), {where['system']}, {where['processor']}, {where['cores']} cores")
+    print(f"{interpreter()}, {where['system']}, {where['processor']}, {where['cores']} cores")
     print(f"{arguments.rounds} rounds, medians; ± half the distance of the quartiles; load {where['load']}")
     begin = time.monotonic()
     gc.freeze()

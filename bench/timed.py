@@ -8,9 +8,7 @@ memory the clock is this process's CPU time.
 from __future__ import annotations
 
 import json
-import os
 import select
-import shutil
 import socket
 import statistics
 import subprocess
@@ -23,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from endpoints import CountingSink, End, MemorySink, MemorySource, Received, Transport
+from processes import compiled
 from wire import KINDS, Kind, stream
 
 from usbredir.transport import Connection
@@ -337,16 +336,8 @@ class CReceiver:
     @contextmanager
     def compiled(cls) -> Iterator[CReceiver]:
         """Compile it into a temporary directory. Raises RuntimeError that tells what is missing."""
-        compiler = shutil.which(os.environ.get("CC", "cc"))
-        if compiler is None:
-            raise RuntimeError("no C compiler")
         with tempfile.TemporaryDirectory() as directory:
-            program = Path(directory, "cpeer")
-            command = [compiler, "-O2", "-o", str(program), str(HERE / "cpeer.c"), "-lusbredirparser"]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                raise RuntimeError(f"cpeer.c does not compile (package libusbredirparser-dev?):\n{result.stderr}")
-            yield cls(program)
+            yield cls(compiled(Path(directory, "cpeer"), HERE / "cpeer.c", library=True))
 
     def measure(self, port: int, index: int, count: int) -> Callable[[], float]:
         """A measurement of one transfer."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-__all__ = ["KINDS", "Kind", "hello", "packet", "stream"]
+__all__ = ["DEVICE_CONNECT", "KINDS", "Kind", "bulk_request", "hello", "packet", "stream"]
 
 _HEADER = struct.Struct("<IIQ")  # type, length, id: with 64-bit ids
+_BULK = struct.Struct("<BBHIH")  # endpoint, status, length, stream, its upper half
 _HELLO = struct.Struct("<III64sI")
 _ALL_CAPABILITIES = 0xFF
 _PATTERN = bytes((i * 7 + 3) & 0xFF for i in range(256)) * 4096
@@ -49,11 +50,20 @@ def hello() -> bytes:
     return _HELLO.pack(0, 68, 0, b"bench", _ALL_CAPABILITIES)
 
 
+DEVICE_CONNECT = _HEADER.pack(1, 10, 0) + bytes(10)
+"""Nobody looks at what is in it."""
+
+
+def bulk_request(endpoint: int, size: int) -> bytes:
+    """A guest's request to receive *size* bytes."""
+    return _HEADER.pack(101, _BULK.size, 1) + _BULK.pack(endpoint, 0, size & 0xFFFF, 0, size >> 16)
+
+
 def packet(kind: Kind, packet_id: int) -> bytes:
     """One packet as a host sends it to a guest."""
     size = kind.size
     if kind.transfer == "bulk":
-        number, head = 101, struct.pack("<BBHIH", 0x81, 0, size & 0xFFFF, 0, size >> 16)
+        number, head = 101, _BULK.pack(0x81, 0, size & 0xFFFF, 0, size >> 16)
     elif kind.transfer == "interrupt":
         number, head = 103, struct.pack("<BBH", 0x82, 0, size)
     else:
