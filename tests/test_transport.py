@@ -5,10 +5,13 @@ The only waiting is for sockets and threads, with PATIENCE as its end.
 
 from __future__ import annotations
 
+import os
+import platform
 import select
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -855,3 +858,33 @@ def test_a_unix_socket_whose_owner_is_busy_is_left_alone(tmp_path: Path) -> None
             listen(f"unix:{path}")
         for one in waiting:
             one.close()
+
+
+KEPT = """
+import resource, sys
+from usbredir import transport
+if sys.argv[1] == "kept":
+    transport._keep_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for round in range(12):
+    if round == 4:
+        before = faults()
+    payloads = [b"x" * (1 << 20) for _ in range(16)]
+    del payloads
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or platform.python_implementation() != "CPython",
+    reason="it is for glibc's malloc",
+)
+def test_memory_of_payloads_is_kept() -> None:
+    """Large payloads that come and go cost no page faults."""
+    counts = {}
+    for way in ("kept", "given back"):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+        command = [sys.executable, "-c", KEPT, way]
+        counts[way] = int(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+    assert counts["kept"] < 500 < counts["given back"]

@@ -88,6 +88,7 @@ class DeviceLayout:
         self._slots = slots
         # By every value that an address field can have: two calls per transfer less.
         self._by_address = [slots[endpoint_index(address)] for address in range(256)]
+        self.types = [slot.type for slot in self._by_address]
 
     # ------------------------------------------------------------ packets
 

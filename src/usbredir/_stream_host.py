@@ -4,7 +4,7 @@ How data flows: a start packet makes a :class:`~usbredir._streams.Stream` and su
 completed transfer brings is sent, and the transfer submitted again. OUT: a packet goes into the stream's ring, which
 tells what is to be submitted.
 
-The host's lock is held in every method, except in the two that take it: _stream_completed and _resume_streams.
+The host's lock is held in every method, except in the one that takes it: _resume_streams.
 
 Source: docs/host.md, "Streams".
 """
@@ -21,6 +21,7 @@ from ._iso import IsoReceiving, IsoSending, new_stream, outcome
 from ._streams import (
     INTERRUPT_TRANSFERS,
     MAX_RECOVERIES,
+    RECEIVED,
     Shape,
     Stream,
     StreamInput,
@@ -44,12 +45,11 @@ from .proto import Capability, Status, TransferType
 
 __all__ = ["StreamHost"]
 
-RECEIVED = ("id", "endpoint", "status", "length", "data")
-"""What tells packets of received data apart; all kinds of them have these."""
 ENDPOINT_BITS = 0x8F
 """The bits of an endpoint address that mean something."""
 MISSING = EndpointSlot(TransferType.INVALID)
-# Members of enumerations cost 30 ns each to look up.
+# Members of enumerations cost 70 ns each to look up.
+BULK = TransferType.BULK
 ENDED = StreamState.ENDED
 PAUSED = StreamState.PAUSED
 STALL = Status.STALL
@@ -66,11 +66,13 @@ class StreamHost(ABC):
     _flying: dict[Transfer, None]
     _freshly_reset: bool
     _flush_due: bool
+    _overloaded: Callable[[], bool]
+    """Whether the guest does not keep up with what streams bring. Threads: any number of callers."""
+    _stream_completed: Callable[[Transfer], None]
 
     def __init__(self) -> None:
         self._streams: dict[int, Stream] = {}  # by endpoint address
         self._warned: set[int] = set()  # endpoints whose drops were told
-        self._send_received: dict[type[Packet], Callable[..., None]] = {}  # received data, by class of its packet
         # What is to be done with a completed transfer, by the kind of its stream.
         self._serve: dict[type[Stream], Callable[[Any, Transfer], None]] = {
             Stream: self._deliver,
@@ -86,11 +88,6 @@ class StreamHost(ABC):
     @abstractmethod
     def reading_paused(self) -> bool:
         """Too many replies wait. Threads: any number of callers."""
-
-    @property
-    @abstractmethod
-    def _overloaded(self) -> bool:
-        """The guest does not keep up with what streams bring."""
 
     @property
     @abstractmethod
@@ -171,7 +168,7 @@ class StreamHost(ABC):
         """Submit a stream's transfers. False: it has ended, and the guest was told."""
         self._freshly_reset = False
         # Made anew with every run, since a hello may have settled other capabilities.
-        self._send_received[stream.packet_class] = self._parser.sender(stream.packet_class, *RECEIVED)
+        stream.send = self._parser.sender(stream.packet_class, *RECEIVED)
         self._streams[stream.endpoint] = stream
         return self._submit_for(stream, stream.first_transfers())
 
@@ -220,22 +217,20 @@ class StreamHost(ABC):
 
     # ------------------------------------------------------------ completions
 
-    def _stream_completed(self, transfer: Transfer) -> None:
+    def _serve_stream(self, transfer: Transfer) -> None:
         """A transfer of a stream is done. Runs in the device's event handling."""
-        with self._guard:
-            if not self._landed(transfer):
-                return
-            stream: Stream = transfer.context
-            if stream.state is not ENDED:
-                if transfer.device_lost:
-                    self._end_stream(stream)
-                    self._device_gone()
-                elif transfer.status == STALL:
-                    self._recover(stream)
-                else:
-                    self._serve[stream.__class__](stream, transfer)
-        if self._flush_due:
-            self._flush()
+        if not self._landed(transfer):
+            return
+        stream: Stream = transfer.context
+        if stream.state is ENDED:
+            return
+        if transfer.device_lost:
+            self._end_stream(stream)
+            self._device_gone()
+        elif transfer.status == STALL:
+            self._recover(stream)
+        else:
+            self._serve[stream.__class__](stream, transfer)
 
     def _recover(self, stream: Stream) -> None:
         """The endpoint stalled: clear it and start again, ids from 0, without the guest noticing."""
@@ -273,13 +268,13 @@ class StreamHost(ABC):
             data = b""
         else:
             stream.recoveries = 0
-        overloaded = self._overloaded
-        # Data of a byte stream must not be lost: it is sent, and nothing more is read until the guest has caught up.
-        if not overloaded or stream.kind is TransferType.BULK:
+        if not self._overloaded():
             self._pass_on(stream, packet_id, status, data)
-        if overloaded:
+        else:
             self._warn_overload(stream)
-            if stream.kind is TransferType.BULK:
+            # Data of a byte stream must not be lost: it is sent, but no more is read until the guest has caught up.
+            if stream.kind is BULK:
+                self._pass_on(stream, packet_id, status, data)
                 stream.feed(StreamInput.OVERLOAD)
         if stream.state is PAUSED:
             stream.idle.append(transfer)
@@ -289,7 +284,7 @@ class StreamHost(ABC):
     def _pass_on(self, stream: Stream, packet_id: int, status: int, data: bytes | bytearray | memoryview) -> None:
         """Queue received data, which belongs to us and stays as it is."""
         try:
-            self._send_received[stream.packet_class](packet_id, stream.endpoint, status, len(data), data)
+            stream.send(packet_id, stream.endpoint, status, len(data), data)
         except LocalProtocolError as error:
             self.log(LogLevel.ERROR, f"not sent: {error}")
             return
@@ -297,7 +292,7 @@ class StreamHost(ABC):
 
     def _resume_streams(self) -> None:
         """Something was written: streams that pause go on if that was enough. No lock is held."""
-        if self._streams and not self._overloaded:
+        if self._streams and not self._overloaded():
             with self._guard:
                 for stream in list(self._streams.values()):
                     self._resume(stream)
@@ -329,7 +324,7 @@ class StreamHost(ABC):
     def _send_packets(self, stream: IsoReceiving, transfer: Transfer, first_id: int) -> int:
         """Send each packet, without data if it failed. The status of one that ends the transfer's use, or SUCCESS."""
         # Asked once per transfer: packets that no write was tried for yet do not make a connection slow.
-        dropping = stream.is_too_fast(self._parser.buffered_output_size()) or self._overloaded
+        dropping = stream.is_too_fast(self._parser.buffered_output_size()) or self._overloaded()
         if dropping:
             self._warn_overload(stream)
         any_good = False

@@ -28,6 +28,7 @@ from .proto import TransferType
 __all__ = [
     "INTERRUPT_TRANSFERS",
     "MAX_RECOVERIES",
+    "RECEIVED",
     "Shape",
     "Stream",
     "StreamInput",
@@ -132,6 +133,10 @@ DATA_PACKETS: Mapping[TransferType, type[Packet]] = {
 """The packet that carries what a stream receives."""
 
 
+RECEIVED = ("id", "endpoint", "status", "length", "data")
+"""What tells packets of received data apart; all kinds of them have these."""
+
+
 class Stream:
     """One run of a stream; this class: of interrupt or bulk receiving.
 
@@ -139,6 +144,7 @@ class Stream:
         packet_class: of the packets with received data.
         idle: transfers that completed while the stream was paused.
         recoveries: stalls in a row before this run.
+        send: sends what was received: called with the values of RECEIVED; set when the stream is run.
     """
 
     def __init__(self, shape: Shape, completed: Callable[[Transfer], None], recoveries: int = 0) -> None:
@@ -149,6 +155,7 @@ class Stream:
         self.recoveries = recoveries
         self.state = StreamState.RUNNING
         self.idle: list[Transfer] = []
+        self.send: Callable[..., None] = _not_running
         self._completed = completed
         self._next_id = 0
         self.transfers = [shape.transfer(self, completed) for _ in range(shape.transfers)]
@@ -179,6 +186,10 @@ class Stream:
         packet_id = self._next_id
         self._next_id += 1
         return packet_id
+
+
+def _not_running(*_: object) -> None:
+    raise AssertionError("the stream does not run")
 
 
 def status_packet(kind: TransferType, endpoint: int, status: int, packet_id: int) -> Packet | None:

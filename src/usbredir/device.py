@@ -23,6 +23,8 @@ from .proto import Speed, Status, TransferType
 
 __all__ = ["DO_NOT_RESET", "IsoResult", "Transfer", "TransferResult", "UsbDevice", "may_be_reset"]
 
+SUCCESS = Status.SUCCESS
+NO_SETUP = 0, 0, 0, 0
 
 DO_NOT_RESET = {(0x1210, 0x001C), (0x2798, 0x0001)}
 """Devices (vendor, product) that do not survive a reset; applications may add to it."""
@@ -69,17 +71,27 @@ class Transfer:
         handle: for the device.
     """
 
-    # What most transfers never set is kept once, in the class: a third of the cost of making one.
-    setup: tuple[int, int, int, int] = (0, 0, 0, 0)
-    stream_id: int = 0
-    timeout: float = 0.0
-    iso_lengths: Sequence[int] = ()
-    status: int = Status.SUCCESS
-    actual_length: int = 0
-    device_lost: bool = False
-    iso_results: Sequence[IsoResult] = ()
-    context: Any = None
-    handle: Any = None
+    # Slots, all of them set at once: making and filling a transfer takes 230 ns in place of 350 with attributes in a
+    # dictionary. There is one all the same, for what a device wants to remember.
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "actual_length",
+        "callback",
+        "context",
+        "data",
+        "device_lost",
+        "endpoint",
+        "handle",
+        "iso_lengths",
+        "iso_results",
+        "kind",
+        "length",
+        "setup",
+        "status",
+        "stream_id",
+        "timeout",
+    )
 
     def __init__(
         self,
@@ -100,16 +112,16 @@ class Transfer:
         self.length = length
         self.callback = callback
         self.data = data
-        if context is not None:
-            self.context = context
-        if setup is not None:
-            self.setup = setup
-        if stream_id:
-            self.stream_id = stream_id
-        if timeout:
-            self.timeout = timeout
-        if iso_lengths:
-            self.iso_lengths = iso_lengths
+        self.setup = NO_SETUP if setup is None else setup
+        self.stream_id = stream_id
+        self.timeout = timeout
+        self.iso_lengths = iso_lengths
+        self.context = context
+        self.status: int = SUCCESS
+        self.actual_length = 0
+        self.device_lost = False
+        self.iso_results: Sequence[IsoResult] = ()
+        self.handle: Any = None
 
     def __repr__(self) -> str:
         return f"<Transfer {self.kind.name.lower()} endpoint=0x{self.endpoint:02x} length={self.length}>"

@@ -54,6 +54,8 @@ LONGEST_POLL = 1_000_000.0
 """Seconds that a poll takes at most: its number of milliseconds has 31 bits. Who wants more asks again."""
 CONNECT_TIMEOUT = 10.0
 """Seconds that connecting may take."""
+KEPT_MEMORY = 32 * 1024 * 1024
+"""Bytes of free memory that stay with the process."""
 TURNED_AWAY = "another guest from {} was turned away: one at a time"
 """What is logged of a guest that comes while another is served."""
 BACKLOG = 8
@@ -504,6 +506,16 @@ class HostConnection(HostCallbacks):
         (self._log or super().log)(level, message)
 
 
+def _keep_memory() -> None:
+    """Let the C library keep the memory of large payloads for the next ones, 32 MiB at most.
+
+    glibc gives free memory back when there is more than twice the largest block that was mapped, and freed, so far. So
+    one is, untouched. Without it writing 1 MiB at a time, 16 in flight, takes 260 page faults each and twice the CPU
+    time. Other C libraries do not mind.
+    """
+    bytes(KEPT_MEMORY // 2)
+
+
 class Session:
     """One guest, served by a host: what to wait for, and what to do in a round. Threads: one.
 
@@ -522,6 +534,7 @@ class Session:
         limits: Limits = Limits(),  # noqa: B008 - immutable
         log: Callable[[LogLevel, str], None] | None = None,
     ) -> None:
+        _keep_memory()
         self.connection = connection
         self.host = Host(HostConnection(connection, log), device, version=version, limits=limits)
 

@@ -20,6 +20,8 @@ from ..errors import DeviceError
 from ..proto import Status, TransferType
 
 __all__ = [
+    "ADDRESS",
+    "BUFFER_OFFSET",
     "ERROR_INTERRUPTED",
     "ERROR_NO_DEVICE",
     "HEAD",
@@ -71,6 +73,9 @@ HEAD = struct.Struct("@PBBBIiiiPPPi")
 STATUS_OFFSET = struct.calcsize("@PBBBIi") - struct.calcsize("i")
 RESULT = struct.Struct("@iii")
 """status, length, actual_length, at STATUS_OFFSET."""
+BUFFER_OFFSET = struct.calcsize("@PBBBIiiiPPP") - struct.calcsize("P")
+ADDRESS = struct.Struct("@P")
+"""buffer, at BUFFER_OFFSET."""
 assert HEAD.size == (60 if ctypes.sizeof(c_void_p) == 8 else 40), "libusb's structure is not as expected"
 
 HOTPLUG_ARRIVED = 1

@@ -16,7 +16,7 @@ import ctypes
 import math
 import struct
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Protocol
@@ -24,13 +24,27 @@ from typing import Any, Protocol
 from ..device import IsoResult, Transfer
 from ..proto import Status, TransferType
 from . import _libusb
-from ._libusb import HEAD, NO_ISO_DATA, RESULT, STATUS_OFFSET, TRANSFER_STATUS, TRANSFER_TYPE
+from ._libusb import (
+    ADDRESS,
+    BUFFER_OFFSET,
+    HEAD,
+    NO_ISO_DATA,
+    RESULT,
+    STATUS_OFFSET,
+    TRANSFER_STATUS,
+    TRANSFER_TYPE,
+)
 
 __all__ = ["NativeTransfer", "Owner", "Pool", "is_sound"]
 
+# Members of enumerations cost 70 ns each to look up.
 SUCCESS = Status.SUCCESS
+CONTROL = TransferType.CONTROL
+ISO = TransferType.ISO
+PLAIN = (TransferType.BULK, TransferType.INTERRUPT)
+unpack_result = RESULT.unpack_from
+
 SETUP = struct.Struct("<BBHHH")
-SETUP_LIMITS = (0xFF, 0xFF, 0xFFFF, 0xFFFF)
 SMALLEST = 1024
 """Bytes of the smallest buffer; larger ones are powers of two."""
 LARGE = 32 * 1024
@@ -38,11 +52,14 @@ LARGE = 32 * 1024
 LARGE_OUT = 4096
 """The same for OUT transfers: taking the address of bytes costs 1 us."""
 MAX_POOLED = 64
-"""Idle transfers that a device keeps per size."""
+"""Idle transfers that a device keeps per endpoint and size."""
 MAX_LENT = 64
 """Transfers whose buffers are in use that a device remembers; others are let go."""
 MAX_POOLED_BYTES = 16 * 1024 * 1024
-"""Idle buffers that a device keeps, in bytes, of all sizes together; and as many that are lent."""
+"""Idle large buffers that a device keeps, in bytes, of all sizes together; and as many that are lent. With more than
+that in small ones, those that are idle are let go."""
+KEY_BITS = 32
+"""Bits of a capacity; it has a single one above those of an endpoint."""
 MAX_CONTROL = 0xFFFF
 """Longest data stage of a control transfer, in bytes."""
 MAX_LENGTH = 1 << 30
@@ -79,25 +96,23 @@ def is_sound(transfer: Transfer) -> bool:
         return False
     if not 0 <= transfer.timeout < math.inf or (endpoint < 0x80 and len(transfer.data) != length):
         return False
-    if kind is TransferType.BULK or kind is TransferType.INTERRUPT:
+    if kind in PLAIN:
         return True
-    if kind is TransferType.CONTROL:
-        setup = transfer.setup
-        return length <= MAX_CONTROL and all(0 <= n <= limit for n, limit in zip(setup, SETUP_LIMITS, strict=True))
+    if kind is CONTROL:
+        request_type, request, value, index = transfer.setup
+        return (
+            length <= MAX_CONTROL
+            and 0 <= request_type <= 0xFF
+            and 0 <= request <= 0xFF
+            and 0 <= value <= 0xFFFF
+            and 0 <= index <= 0xFFFF
+        )
     lengths = transfer.iso_lengths
-    return kind is TransferType.ISO and len(lengths) > 0 and min(lengths) >= 0 and sum(lengths) == length
+    return kind is ISO and len(lengths) > 0 and min(lengths) >= 0 and sum(lengths) == length
 
 
-def description(transfer: Transfer) -> tuple[Any, ...]:
-    """All that matters of an IN transfer without a setup packet."""
-    return (
-        transfer.kind,
-        transfer.endpoint,
-        transfer.length,
-        transfer.timeout,
-        transfer.stream_id,
-        tuple(transfer.iso_lengths),
-    )
+Shape = tuple[Any, ...]
+"""All that libusb's structure tells of a transfer: all but its data and its setup packet."""
 
 
 @cache
@@ -114,7 +129,8 @@ class NativeTransfer:
         owner: the device whose transfer it is at present.
         transfer: what it carries at present; None: it is idle.
         lent: a view of its buffer is in use.
-        described: the :func:`description` of the IN transfer that the C structure describes; None: another kind.
+        shape: of the transfer that the C structure describes; None: of none.
+        shelf: where its pool keeps it while it is idle.
     """
 
     __slots__ = (
@@ -128,14 +144,17 @@ class NativeTransfer:
         "buffer",
         "buffer_address",
         "capacity",
-        "described",
         "lent",
         "owner",
         "packets",
+        "shape",
+        "shelf",
         "transfer",
     )
 
-    def __init__(self, library: ctypes.CDLL, capacity: int, packets: int) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, capacity: int, packets: int, shelf: list[NativeTransfer] | None = None
+    ) -> None:
         address = library.libusb_alloc_transfer(packets)
         if not address:
             raise MemoryError("libusb cannot allocate a transfer")
@@ -143,7 +162,8 @@ class NativeTransfer:
         self.address: int = address
         self.capacity = capacity
         self.packets = packets
-        self.buffer = (ctypes.c_char * capacity)()
+        self.shelf = [] if shelf is None else shelf
+        self.buffer: Any = (ctypes.c_char * (capacity + SETUP.size))()
         self.buffer_address = ctypes.addressof(self.buffer)
         self._view = memoryview(self.buffer).cast("B")
         self._head = _libusb.bytes_at(address, HEAD.size)
@@ -153,35 +173,37 @@ class NativeTransfer:
         self.lent = False
         self._lease: weakref.ref[Any] | None = None
         self._sent: Any = None  # keeps what is sent from where it is
-        self.described: tuple[Any, ...] | None = None
+        self.shape: Shape | None = None
+
+    def receives(self, transfer: Transfer) -> bool:
+        """Whether *transfer* has been described already and nothing is to be sent with it."""
+        # libusb leaves its structure as it is: what is done again and again is described and checked once.
+        return (
+            transfer.endpoint >= 0x80
+            and self.shape == (transfer.kind, transfer.endpoint, transfer.length, transfer.timeout, transfer.stream_id)
+            and transfer.kind is not CONTROL
+        )
 
     def fill(self, transfer: Transfer, handle: int, callback: int) -> None:
-        """Describe *transfer*, which is sound, to libusb. The buffer is large enough, see :meth:`Pool.take`."""
-        length, endpoint = transfer.length, transfer.endpoint
-        address = self.buffer_address
-        described = None
-        if transfer.kind is TransferType.CONTROL:
-            SETUP.pack_into(self._view, 0, *transfer.setup, length)
-            if not endpoint & 0x80:
-                self._view[SETUP.size : SETUP.size + length] = transfer.data
-            elif not transfer.setup[0] & 0x80:
-                # A guest that contradicts itself: the device gets zeros, not what the buffer held before.
-                self._view[SETUP.size : SETUP.size + length] = bytes(length)
+        """Describe *transfer*, which is sound, to libusb. The buffer is large enough, see :meth:`Pool.make`."""
+        shape: Shape = transfer.kind, transfer.endpoint, transfer.length, transfer.timeout, transfer.stream_id
+        if self.packets:
+            shape = (*shape, *transfer.iso_lengths)
+        if shape != self.shape:
+            self._describe(transfer, handle, callback)
+            self.shape = shape
+        if transfer.kind is CONTROL:
+            self._put_setup(transfer)
+        elif transfer.endpoint < 0x80:
+            self._put_data(transfer)
+
+    def _describe(self, transfer: Transfer, handle: int, callback: int) -> None:
+        self.shape = None  # until all of it is written
+        length, endpoint, kind = transfer.length, transfer.endpoint, TRANSFER_TYPE[transfer.kind]
+        if transfer.kind is CONTROL:
             length += SETUP.size
             endpoint = 0  # the direction is the request's
-        elif not endpoint & 0x80:
-            if length >= LARGE_OUT and transfer.data.__class__ is bytes:
-                address = self._address_of(transfer.data)
-            else:
-                self._view[:length] = transfer.data
-        else:
-            # libusb leaves all of this as it is: what is done again and again is described once.
-            described = description(transfer)
-            if described == self.described:
-                return
-        self.described = None  # until all of it is written
-        kind = TRANSFER_TYPE[transfer.kind]
-        if transfer.stream_id:
+        elif transfer.stream_id:
             kind = _libusb.TYPE_BULK_STREAM
             self._library.libusb_transfer_set_stream_id(self.address, transfer.stream_id)
         HEAD.pack_into(
@@ -197,13 +219,35 @@ class NativeTransfer:
             0,
             callback,
             0,
-            address,
+            self.buffer_address,
             self.packets,
         )
         if self.packets:
             lengths = [number for length in transfer.iso_lengths for number in (length, 0, 0)]
             _iso_layout(self.packets).pack_into(self._iso, 0, *lengths)
-        self.described = described
+
+    def _put_setup(self, transfer: Transfer) -> None:
+        """The setup packet, and the data behind it."""
+        setup, length = transfer.setup, transfer.length
+        SETUP.pack_into(self._view, 0, *setup, length)
+        if not transfer.endpoint & 0x80:
+            self._view[SETUP.size : SETUP.size + length] = transfer.data
+        elif not setup[0] & 0x80:
+            # A guest that contradicts itself: the device gets zeros, not what the buffer held before.
+            self._view[SETUP.size : SETUP.size + length] = bytes(length)
+
+    def _put_data(self, transfer: Transfer) -> None:
+        """Data to send: copied, or sent from where it is."""
+        length, data = transfer.length, transfer.data
+        if length < LARGE_OUT:
+            self._view[:length] = data
+            return
+        address = self.buffer_address
+        if data.__class__ is bytes:
+            address = self._address_of(data)
+        else:
+            self._view[:length] = data
+        ADDRESS.pack_into(self._head, BUFFER_OFFSET, address)
 
     def _address_of(self, data: bytes) -> int:
         """The address of *data*, which is kept from now on."""
@@ -213,7 +257,7 @@ class NativeTransfer:
 
     def read(self, transfer: Transfer) -> None:
         """Tell *transfer* how it went. What libusb says is checked against what was asked for."""
-        code, _, actual = RESULT.unpack_from(self._head, STATUS_OFFSET)
+        code, _, actual = unpack_result(self._head, STATUS_OFFSET)
         if code:
             transfer.status = TRANSFER_STATUS.get(code, Status.IOERROR)
             transfer.device_lost = code == _libusb.TRANSFER_NO_DEVICE
@@ -222,16 +266,17 @@ class NativeTransfer:
         if not 0 <= actual <= transfer.length:
             actual = min(max(actual, 0), transfer.length)
         transfer.actual_length = actual
-        if self.described is not None and not self.packets:
-            # A view keeps the whole buffer: it must not be much larger than what is counted as waiting to be sent.
-            large = actual >= LARGE and 2 * actual >= self.capacity
-            transfer.data = self._lend(actual) if large else self._view[:actual].tobytes()
-        elif self.packets:
+        if self.packets:
             self._read_packets(transfer)
-        elif transfer.endpoint & 0x80:
-            transfer.data = self._view[SETUP.size : SETUP.size + actual].tobytes()
-        else:
+        elif transfer.endpoint < 0x80:
             self._sent = None
+        elif transfer.kind is CONTROL:
+            transfer.data = self.buffer[SETUP.size : SETUP.size + actual]
+        elif actual >= LARGE and 2 * actual >= self.capacity:
+            # A view keeps the whole buffer: it must not be much larger than what is counted as waiting to be sent.
+            transfer.data = self._lend(actual)
+        else:
+            transfer.data = self.buffer[:actual]
 
     def _lend(self, count: int) -> memoryview:
         """The first *count* bytes of the buffer, which stay as they are while anybody refers to them."""
@@ -265,31 +310,62 @@ class NativeTransfer:
 
 
 class Pool:
-    """Idle transfers of one device, by size. Threads: one at a time, the device's lock is held."""
+    """Idle transfers of one device, by endpoint and size. Threads: one at a time, the device's lock is held; but
+    :meth:`give_small` any.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self._lent: deque[NativeTransfer] = deque()  # idle but for a view that is in use, in the order of lending
-        self._idle: dict[tuple[int, int], list[NativeTransfer]] = {}
-        self._bytes = 0
+        self._idle: dict[int, list[NativeTransfer]] = {}
+        self._bytes = 0  # idle large buffers
+        self._small_bytes = 0  # small buffers that exist
         self._lent_bytes = 0
         self._closed = False
 
-    def take(self, transfer: Transfer) -> NativeTransfer:
-        """A native transfer with room for *transfer*."""
-        size = transfer.length + (SETUP.size if transfer.kind is TransferType.CONTROL else 0)
-        capacity = SMALLEST if size <= SMALLEST else 1 << (size - 1).bit_length()
-        packets = len(transfer.iso_lengths) if transfer.kind is TransferType.ISO else 0
+    def take(self, transfer: Transfer) -> NativeTransfer | None:
+        """An idle native transfer with room for *transfer*, probably one that describes it already; None: no more."""
+        length = transfer.length
+        capacity = SMALLEST if length <= SMALLEST else 1 << (length - 1).bit_length()
+        key = capacity | transfer.endpoint
+        if transfer.kind is ISO:
+            key |= len(transfer.iso_lengths) << KEY_BITS
         if self._lent:
             self._collect()
-        idle = self._idle.get((capacity, packets))
+        idle = self._idle.get(key)
         if not idle:
-            return NativeTransfer(self._library, capacity, packets)
-        self._bytes -= capacity
+            return None
+        if capacity >= LARGE:
+            self._bytes -= capacity
         return idle.pop()
+
+    def make(self, transfer: Transfer) -> NativeTransfer:
+        """A new native transfer with room for *transfer*, which is sound."""
+        length = transfer.length
+        capacity = SMALLEST if length <= SMALLEST else 1 << (length - 1).bit_length()
+        packets = len(transfer.iso_lengths) if transfer.kind is ISO else 0
+        key = packets << KEY_BITS | capacity | transfer.endpoint
+        if capacity < LARGE:
+            if self._small_bytes + capacity > MAX_POOLED_BYTES:
+                self._free_idle()
+            self._small_bytes += capacity
+        return NativeTransfer(self._library, capacity, packets, self._idle.setdefault(key, []))
+
+    def give_small(self, native: NativeTransfer) -> bool:
+        """Keep a native transfer for later; False: it is not small, or there are enough, :meth:`give` tells.
+
+        Nothing here needs the lock, which costs 0.2 us.
+        """
+        if native.capacity >= LARGE or len(native.shelf) >= MAX_POOLED or self._closed:
+            return False
+        native.owner = native.transfer = None
+        native.shelf.append(native)
+        return True
 
     def give(self, native: NativeTransfer) -> None:
         """Keep a native transfer for later, unless there are enough."""
+        if self.give_small(native):
+            return
         native.owner = native.transfer = None
         capacity = native.capacity
         if native.lent:
@@ -297,17 +373,16 @@ class Pool:
             return
         if self._bytes + capacity > MAX_POOLED_BYTES:
             self._free_idle()  # sizes that were wanted once must not keep out those wanted now
-        idle = self._idle.setdefault((capacity, native.packets), [])
-        if self._closed or len(idle) >= MAX_POOLED or capacity > MAX_POOLED_BYTES:
-            native.free()
+        if self._closed or len(native.shelf) >= MAX_POOLED or not LARGE <= capacity <= MAX_POOLED_BYTES:
+            self._free(native)
         else:
-            idle.append(native)
+            native.shelf.append(native)
             self._bytes += capacity
 
     def _remember(self, native: NativeTransfer) -> None:
         """Keep a native transfer whose buffer is in use, unless there are enough."""
         if self._closed or self._lent_bytes + native.capacity > MAX_POOLED_BYTES:
-            native.free()  # the C structure; the buffer lives as long as its view
+            self._free(native)  # the C structure; the buffer lives as long as its view
         else:
             self._lent.append(native)
             self._lent_bytes += native.capacity
@@ -324,7 +399,7 @@ class Pool:
             while len(lent) > MAX_LENT:
                 native = lent.popleft()
                 self._lent_bytes -= native.capacity
-                native.free()
+                self._free(native)
 
     def _give_back(self, native: NativeTransfer) -> None:
         self._lent_bytes -= native.capacity
@@ -341,10 +416,14 @@ class Pool:
     def _free_idle(self) -> None:
         for idle in self._idle.values():
             while idle:
-                idle.pop().free()
-        self._idle.clear()
+                self._free(idle.pop())
         self._bytes = 0
+
+    def _free(self, native: NativeTransfer) -> None:
+        if native.capacity < LARGE:
+            self._small_bytes -= native.capacity
+        native.free()
 
     def sizes(self) -> Mapping[tuple[int, int], int]:
         """How many are idle, by capacity and packets."""
-        return {key: len(idle) for key, idle in self._idle.items() if idle}
+        return Counter((native.capacity, native.packets) for idle in self._idle.values() for native in idle)

@@ -28,8 +28,10 @@ from ._base import BaseDevice, logger
 from ._completions import Completions
 from ._context import COMPLETION_ADDRESS, Context, deliver, is_in_flight, submit
 from ._finding import DeviceInfo, DeviceSpec, find_all, list_devices, new_backend, parse_spec
-from ._native import NativeTransfer, Pool, description, is_sound
+from ._native import NativeTransfer, Pool, is_sound
 from ._synchronous import SynchronousDevice
+
+SUCCESS = Status.SUCCESS
 
 __all__ = [
     "DeviceInfo",
@@ -123,43 +125,41 @@ class LibusbDevice(BaseDevice):
 
     def submit(self, transfer: Transfer) -> int:
         """Start *transfer*. SUCCESS: it will complete, in handle_events. Any other status: it was not started."""
-        again: NativeTransfer | None = transfer.handle  # of a transfer that its own completion submits again
-        if again is not None and (again.owner is not self or again.described != description(transfer)):
-            again = None
-        if again is None and not is_sound(transfer):
-            return Status.INVAL
         with self._lock:
             if self._closed or self._lost:
                 transfer.device_lost = True
                 return Status.IOERROR
             if transfer in self._flying:
                 raise ValueError(f"{transfer!r} has not completed yet")
-            if again is not None and transfer.handle is again:
-                native = again  # nothing of it has to be written again: 3 of the 8 us that a transfer takes
-                transfer.handle = None
-            else:
-                native = self._fill(transfer)
+            native = self._pool.take(transfer)
+            if native is None or not native.receives(transfer):
+                native = self._fill(transfer, native)
+                if native is None:
+                    return Status.INVAL
+            native.owner = self
+            native.transfer = transfer
             self._flying[transfer] = native
             code = submit(self._library, native)
             if not code:
-                return Status.SUCCESS
+                return SUCCESS
             del self._flying[transfer]
             self._pool.give(native)
             if code == _libusb.ERROR_NO_DEVICE:
                 self._lost = transfer.device_lost = True
         return _libusb.error_status(code)
 
-    def _fill(self, transfer: Transfer) -> NativeTransfer:
-        """A native transfer that carries *transfer*. The lock is held."""
-        native = self._pool.take(transfer)
+    def _fill(self, transfer: Transfer, native: NativeTransfer | None) -> NativeTransfer | None:
+        """*native*, or a new one, with *transfer* in it; None when that makes no sense. The lock is held."""
         try:
-            native.fill(transfer, self._handle_address, COMPLETION_ADDRESS)
-        except BaseException:
-            self._pool.give(native)
-            raise
-        native.owner = self
-        native.transfer = transfer
-        return native
+            if not is_sound(transfer):
+                return None
+            filled = native = native or self._pool.make(transfer)
+            filled.fill(transfer, self._handle_address, COMPLETION_ADDRESS)
+            native = None
+            return filled
+        finally:
+            if native is not None:
+                self._pool.give(native)
 
     def cancel(self, transfer: Transfer) -> None:
         """Ask for an early end; the transfer still completes. Harmless when it already has."""
@@ -207,23 +207,16 @@ class LibusbDevice(BaseDevice):
         if transfer is None:  # it was completed elsewhere while the device was closed
             return
         self._flying.pop(transfer, None)
-        lent = False
         try:
             native.read(transfer)
-            if transfer.device_lost:
-                self._lost = True
-            lent = native.lent
-            if not lent:
-                transfer.handle = native  # for the callback, which may submit the transfer again
-            transfer.callback(transfer)
         finally:
-            if lent or transfer.handle is native:
+            # Before the callback, which may submit the transfer again: it finds all of it described then.
+            if not self._pool.give_small(native):
                 with self._lock:
-                    if transfer.handle is native:
-                        transfer.handle = None
-                        self._pool.give(native)
-                    elif lent:
-                        self._pool.give(native)
+                    self._pool.give(native)
+        if transfer.device_lost:
+            self._lost = True
+        transfer.callback(transfer)
 
     def signal(self) -> None:
         """There is something to do for handle_events. Threads: any."""
