@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from array import array as number_array
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from usbredir._layout import (
     Wire,
     array,
     compile_decoder,
-    compile_encoder,
+    compile_sender,
     describe_layout,
     header_struct,
 )
@@ -44,6 +45,23 @@ from .strategies import capability_words, packets_of
 
 HOST, GUEST = Direction.HOST_TO_GUEST, Direction.GUEST_TO_HOST
 EVERYTHING = mask_of(ALL)
+
+
+def refuse(error: Exception) -> NoReturn:
+    raise error
+
+
+def encoder_of(*arguments: Any) -> Callable[..., bytes | Large]:
+    """What a sender that was compiled with *arguments* would queue."""
+    queue: list[bytes | Large] = []
+    send = compile_sender(*arguments)(queue.append, refuse)
+
+    def encode(*values: object) -> bytes | Large:
+        send(*values)
+        return queue.pop()
+
+    return encode
+
 
 # The TH column of the protocol's table: bytes of the type header; several where capabilities change it.
 TYPE_HEADER: dict[int, int] = (
@@ -162,7 +180,7 @@ def test_what_is_encoded_has_the_size_it_announces(
     packet = data.draw(packets_of(cls, direction, both))
     if not wide:
         packet = packet.replace(id=packet.id & 0xFFFFFFFF)
-    encoded = compile_encoder(cls.declaration, wide, both, 2**32 - 1, direction, MAX_BULK)(packet)
+    encoded = encoder_of(cls.declaration, wide, both, 2**32 - 1, direction, MAX_BULK)(packet)
     whole = joined(encoded)
     header = header_struct(wide)
     number, length, packet_id = header.unpack_from(whole)
@@ -171,13 +189,13 @@ def test_what_is_encoded_has_the_size_it_announces(
     size, decode = compile_decoder(cls.declaration, both, 2**32 - 1, direction, MAX_BULK)
     decoded = decode(whole, header.size, packet_id, whole[header.size + size :])
     assert (cls.packet_type, size) == (PacketType.HELLO, 64) or size == size_of(cls, both)
-    again = compile_encoder(cls.declaration, wide, both, 2**32 - 1, direction, MAX_BULK)(decoded)
+    again = encoder_of(cls.declaration, wide, both, 2**32 - 1, direction, MAX_BULK)(decoded)
     assert joined(again) == whole
 
 
 @pytest.mark.parametrize("size", [0, SMALL, SMALL + 1, 5 * SMALL])
 def test_large_payloads_are_not_copied(size: int) -> None:
-    encode = compile_encoder(BulkPacket.declaration, True, EVERYTHING, 0, GUEST, MAX_BULK)
+    encode = encoder_of(BulkPacket.declaration, True, EVERYTHING, 0, GUEST, MAX_BULK)
     data = bytes(size)
     encoded = encode(BulkPacket(endpoint=2, data=data))
     if size > SMALL:
@@ -190,7 +208,7 @@ def test_large_payloads_are_not_copied(size: int) -> None:
 
 @pytest.mark.parametrize("size", [10, SMALL + 10])
 def test_other_buffers_are_copied(size: int) -> None:
-    encode = compile_encoder(BulkPacket.declaration, True, EVERYTHING, 0, GUEST, MAX_BULK)
+    encode = encoder_of(BulkPacket.declaration, True, EVERYTHING, 0, GUEST, MAX_BULK)
     for source in (bytearray(size), number_array("H", bytes(size))):
         encoded = encode(BulkPacket(endpoint=2, data=source))  # type: ignore[arg-type]
         before = joined(encoded)
@@ -213,7 +231,7 @@ def test_other_buffers_are_copied(size: int) -> None:
     ],
 )
 def test_rules_are_compiled_in(packet: Packet, direction: Direction, peer: int, reason: str) -> None:
-    encode = compile_encoder(packet.declaration, True, EVERYTHING, peer, direction, MAX_BULK)
+    encode = encoder_of(packet.declaration, True, EVERYTHING, peer, direction, MAX_BULK)
     with pytest.raises(Reject) as caught:
         encode(packet)
     assert caught.value.reason == reason
@@ -226,7 +244,7 @@ def test_every_reason_has_its_text() -> None:
         reasons = {f.at_most.reason for f in declaration.fields if f.at_most is not None}
         if declaration.needs is not None:
             with pytest.raises(Reject) as caught:
-                compile_encoder(declaration, True, 0, 0, GUEST, MAX_BULK)(cls())
+                encoder_of(declaration, True, 0, 0, GUEST, MAX_BULK)(cls())
             reasons.add(caught.value.reason)
         assert reasons <= set(_framing.REASONS), cls
 
@@ -243,8 +261,8 @@ def test_functions_are_shared() -> None:
 
 def test_generated_functions_have_names() -> None:
     """For tracebacks."""
-    encode = compile_encoder(Reset.declaration, True, 0, 0, GUEST, MAX_BULK)
-    assert encode.__qualname__ == "Reset.encode"
+    send = compile_sender(Reset.declaration, True, 0, 0, GUEST, MAX_BULK)(print, refuse)
+    assert send.__qualname__ == "Reset.send"
     assert Reset.__new__.__qualname__ == "Reset.__new__"
 
 
@@ -297,7 +315,7 @@ def test_array(code: str, size: int) -> None:
 
 def encoder(cls: type[Packet], *given: str) -> Callable[..., bytes | Large]:
     """An encoder of a host that has every capability."""
-    return compile_encoder(cls.declaration, True, EVERYTHING, EVERYTHING, HOST, MAX_BULK, given or ("packet",))
+    return encoder_of(cls.declaration, True, EVERYTHING, EVERYTHING, HOST, MAX_BULK, given or ("packet",))
 
 
 @given(st.data(), st.sampled_from([ControlPacket, BulkPacket]))

@@ -7,6 +7,7 @@ import logging
 import struct
 import sys
 import tracemalloc
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import Mock
@@ -1051,16 +1052,30 @@ def test_one_of_a_row_is_another(
     assert end.received == expected
 
 
-@pytest.mark.parametrize("count", [2, 9, 10, 700])
+@pytest.mark.parametrize("count", [2, _framing.LEAST_ROWS + 1, _framing.LEAST_ROWS + 2, 700])
 def test_a_row_is_unpacked_at_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the third packet on, when at least eight follow."""
+    """From the third packet on, when enough follow."""
     parser, end = connected_host()
     compile_rows = Mock(side_effect=_layout.compile_rows)
     monkeypatch.setattr(_framing, "compile_rows", compile_rows)
     end.incoming = b"".join(bulk_out(b"some data", number) for number in range(count))
     parser.do_read()
     assert ids(end) == list(range(count))
-    assert compile_rows.called == (count >= 10)
+    assert compile_rows.called == (count >= _framing.LEAST_ROWS + 2)
+
+
+def test_rows_that_are_none_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer whose packets look alike at two places only does not have them looked at again and again."""
+    parser, end = connected_host()
+    compile_rows = Mock(side_effect=_layout.compile_rows)
+    monkeypatch.setattr(_framing, "compile_rows", compile_rows)
+    control = raw_packet(PacketType.CONTROL_PACKET, struct.pack("<BBBBHHH", 0, 9, 0, 0, 0, 0, 9) + b"some data")
+    one = bulk_out(b"some data") * 3 + control
+    assert len(one) == 4 * len(control)
+    end.incoming = one * 200
+    parser.do_read()
+    assert [type(packet) for packet in end.received] == [BulkPacket, BulkPacket, BulkPacket, ControlPacket] * 200
+    assert compile_rows.call_count == 1
 
 
 # ================================================================ writing
@@ -1907,6 +1922,57 @@ def test_a_sender_refuses_like_send(packet: Packet) -> None:
     assert str(by_sender.value) == str(by_send.value)
     assert by_sender.value.reason == by_send.value.reason
     assert host.has_data_to_write() == waiting
+
+
+class InterruptedDeque(deque[None]):
+    """Ctrl-C as something was taken out."""
+
+    def pop(self) -> None:  # type: ignore[override]
+        super().pop()
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_write_does_not_keep_its_turn() -> None:
+    """Signal handlers run between any two steps of Python."""
+    end = End()
+    parser = Parser(end, locks=ThreadingLocks())
+    turn = parser._queue._turn
+    parser._queue._turn = interrupted = InterruptedDeque(turn)
+    with pytest.raises(KeyboardInterrupt):
+        parser.do_write()
+    assert len(interrupted) == 1
+    parser._queue._turn = turn
+    parser.do_write()
+    assert end.output
+    assert parser.has_data_to_write() == 0
+
+
+class StubbornLocks(ThreadingLocks):
+    """An application's lock that fails once something was queued."""
+
+    fails = False
+
+    def unlock(self, lock: object) -> None:
+        super().unlock(lock)
+        if self.fails:
+            raise ValueError("no lock of mine")
+
+
+def test_errors_of_locks_pass_through() -> None:
+    """They are no fault of the packet."""
+    locks = StubbornLocks()
+    host, _ = connected_host(locks=locks)
+    locks.fails = True
+    with pytest.raises(ValueError, match="no lock of mine"):
+        host.send(DeviceDisconnect())
+
+
+def test_a_view_of_larger_items_is_counted_in_bytes() -> None:
+    """More than was asked for is an error, whatever its len() says."""
+    parser, end = connected_host()
+    end.read = lambda count: memoryview(bytes(2 * count)).cast("H")  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="bytes although at most"):
+        parser.do_read()
 
 
 @pytest.mark.parametrize("locks", [None, ThreadingLocks()])

@@ -39,8 +39,9 @@ FIRST_TRUST = 256 * 1024
 """Bytes asked for at once until the peer has sent larger payloads: what is only announced is not allocated."""
 MOST_TRUST = 16 * 1024 * 1024
 
-LEAST_ROWS = 8 if sys.implementation.name == "cpython" else READ_SIZE
-"""Packets of one length from which they are told apart all at once. PyPy is faster one by one."""
+LEAST_ROWS = 32 if sys.implementation.name == "cpython" else sys.maxsize
+"""Packets of one length from which they are told apart all at once: as quick at 24, 1.5 times at 64. PyPy is faster one
+by one."""
 TYPE_AND_LENGTH = 8
 """Bytes of a header without the id."""
 
@@ -219,6 +220,7 @@ class Decoder:
         buffer, pos = self._chunk, self.pos
         end = len(buffer)
         length = packet_type = before = 0
+        least = LEAST_ROWS
         # Bound to locals: attribute look-ups cost 60 ns a packet here.
         unpack_header, header_size, entries = self._unpack_header, self._header_size, self._entries
         try:
@@ -254,8 +256,11 @@ class Decoder:
                     before = 0
                     self.pos = pos
                     try:
-                        if end - pos >= LEAST_ROWS * (stop - start + header_size):
+                        stride = header_size + length
+                        if end - pos >= least * stride:
                             pos = self._deliver_rows(packet_type, length, deliver)
+                            if stop < pos < stop + least * stride:
+                                least = sys.maxsize  # a peer that makes it not worth while is not believed again
                         pos = run(self, buffer, pos, end, deliver)
                     except BaseException:
                         pos = self.pos

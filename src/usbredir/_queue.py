@@ -80,14 +80,14 @@ class OutputQueue:
         self._owned = owned
         self._entries: deque[Entry] = deque()
         self._sent = 0  # bytes of the first entry that are written
-        # With locks or limits two counters, each with one kind of writer, so that taking packets out needs no lock.
+        # Two counters, each with one kind of writer, so that taking packets out needs no lock.
         self._bytes_in = 0
         self._bytes_out = 0
         self._room = BATCH_BYTES  # bytes for the next vectored write: about twice what the transport took last
         self._turn: deque[None] = deque((None,))  # empty while a thread writes; only with locks
         self._writer: int | None = None
         self._again = False
-        # Chosen once: asking for lock and limits again at every packet takes 200 of the 700 ns that queueing and
+        # Chosen beforehand: asking for lock and limits again at every packet takes 200 of the 700 ns that queueing and
         # writing a small packet take, and counting its bytes 70.
         self.push: Callable[[Entry], None] = self._entries.append
         """Append a packet. Raises QueueFullError at a limit."""
@@ -113,7 +113,7 @@ class OutputQueue:
         return self._bytes_in - out
 
     def exceeds(self, packets: int, size: int) -> bool:
-        """Whether more than so many packets, or bytes, wait. For one that often asks: see :meth:`count`."""
+        """Whether more than so many packets, or bytes, wait. Only after :meth:`count`."""
         return len(self._entries) > packets or self._bytes_in - self._bytes_out > size
 
     def count(self) -> None:
@@ -177,18 +177,21 @@ class OutputQueue:
         Who writes has the only item of a deque, which is one step to take or give back: two sections under the
         application's lock take 400 ns more for each call.
         """
-        entries, turn = self._entries, self._turn
+        entries, turn, me = self._entries, self._turn, threading.get_ident()
+        told = False
         while entries:  # what another thread is writing is among them until it is written
             try:
                 turn.pop()
             except IndexError:
-                if self._writer == threading.get_ident():
-                    return
-                self._again = True
-                if not self._take_turn():
+                if told or self._writer == me:
                     return  # who has it looks at _again when it is back
-            self._again = False
-            self._writer = threading.get_ident()
+                self._again = told = True
+                continue
+            except BaseException:  # a signal handler's: they run as pop returns
+                turn.append(None)
+                raise
+            self._again = told = False
+            self._writer = me
             try:
                 blocked = self._drain()
             finally:
@@ -196,13 +199,6 @@ class OutputQueue:
                 turn.append(None)
             if blocked and not self._again:
                 return
-
-    def _take_turn(self) -> bool:
-        try:
-            self._turn.pop()
-        except IndexError:
-            return False
-        return True
 
     def _drain_single(self) -> bool:
         """One write call per buffer, as in the original."""

@@ -230,12 +230,12 @@ class Parser:
 
     def _checked(self, piece: bytes | bytearray | memoryview, count: int) -> bytes | memoryview:
         """What was read, if it may be used."""
+        if self._readinto is None or isinstance(piece, bytearray):
+            piece = bytes(piece)  # the application may use its buffer again
         if not piece:
             raise ConnectionClosed("the peer closed the connection")
         if len(piece) > count:
             raise ValueError(f"read() returned {len(piece)} bytes although at most {count} were asked for")
-        if self._readinto is None or isinstance(piece, bytearray):
-            return bytes(piece)  # the application may use its buffer again
         return piece
 
     def _read_into(self, count: int) -> memoryview | None:
@@ -364,7 +364,8 @@ class Parser:
     def watch_backlog(self) -> Callable[[int, int], bool]:
         """``exceeds(packets, bytes)``: whether more than so many are queued. For one that asks at every packet.
 
-        Bytes are counted from now on, which takes time with each packet: ask for the function before anything is sent.
+        Bytes are counted from now on, which takes time with each packet. To be called before :meth:`sender` and
+        :meth:`replier`, whose packets would not be counted.
         Threads: one caller, nothing else going on; the function: any number of callers.
         """
         self._queue.count()
@@ -373,7 +374,10 @@ class Parser:
         return self._queue.exceeds
 
     def buffered_output_size(self) -> int:
-        """Bytes queued, a partly written packet counted whole. Threads: any number of callers."""
+        """Bytes queued, a partly written packet counted whole. Threads: any number of callers.
+
+        Without queue limits and :meth:`watch_backlog` it takes 10 ns for each packet that is queued.
+        """
         return self._queue.size
 
     # ------------------------------------------------------------ capabilities

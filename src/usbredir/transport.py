@@ -192,8 +192,7 @@ class Connection:
     def writev(self, buffers: Sequence[memoryview]) -> int | None:
         """Send what the socket takes of several buffers, without joining them; None: nothing now."""
         try:
-            alone = len(buffers) == 1 or self._sendmsg is None
-            count = self._send(buffers[0]) if alone else self._sendmsg(buffers)  # type: ignore[misc]
+            count = self._send(buffers[0]) if self._sendmsg is None or len(buffers) == 1 else self._sendmsg(buffers)
         except (BlockingIOError, InterruptedError):
             return None
         self.bytes_sent += count
