@@ -219,7 +219,7 @@ class Decoder:
     def _parse_chunk(self, deliver: Callable[[Packet], None]) -> None:
         buffer, pos = self._chunk, self.pos
         end = len(buffer)
-        length = packet_type = before = 0
+        length = packet_type = before = length_before = 0
         least = LEAST_ROWS
         # Bound to locals: attribute look-ups cost 60 ns a packet here.
         unpack_header, header_size, entries = self._unpack_header, self._header_size, self._entries
@@ -251,13 +251,13 @@ class Decoder:
                 pos = stop
                 deliver(decode(buffer, start, packet_id, buffer[start + size : stop]))
                 if run is None or packet_type != before:
-                    before = packet_type
+                    before, length_before = packet_type, length
                 else:  # two of a kind: probably a row of them
                     before = 0
                     self.pos = pos
                     try:
                         stride = header_size + length
-                        if end - pos >= least * stride:
+                        if length == length_before and end - pos >= least * stride:
                             pos = self._deliver_rows(packet_type, length, deliver)
                             if stop < pos < stop + least * stride:
                                 least = sys.maxsize  # a peer that makes it not worth while is not believed again
