@@ -1037,6 +1037,15 @@ def test_flush_writes_is_called_when_something_was_queued(bed: Bed, device: Fake
     assert flushes(lambda: bed.host.set_device(None)) == 1
 
 
+def test_flush_writes_may_be_set_when_the_host_is_there(bed: Bed) -> None:
+    """``callbacks.flush_writes = host.write_guest_data`` has to come later than the host."""
+    calls: list[int] = []
+    bed.host._callbacks.flush_writes = lambda: calls.append(1)  # type: ignore[method-assign]
+    bed.ask(GetConfiguration(id=1))
+    assert calls == [1]
+    assert bed.flushes == 1  # of hello
+
+
 def test_nothing_is_written_unasked(device: FakeDevice) -> None:
     """The application writes, not the host."""
     bed = Bed(device)

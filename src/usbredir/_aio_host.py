@@ -54,13 +54,13 @@ class Session:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._stream = TransportStream(self._step, "usbredir.host", log)
-        self._stream.flush_writes = self._flush_soon  # type: ignore[method-assign]
         self.host = Host(self._stream, version=version, limits=limits)
         self.ended = False
         self.error: Exception | None = None
         self._source = device
         self._on_end = on_end
         self._made: UsbDevice | None = None  # to be closed
+        self._stream.flush_writes = self._flush_soon  # type: ignore[method-assign]
         self._begun = False
         self._stepping = False
         self._watched: Wanted = ()
