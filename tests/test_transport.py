@@ -887,4 +887,4 @@ def test_memory_of_payloads_is_kept() -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
         command = [sys.executable, "-c", KEPT, way]
         counts[way] = int(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
-    assert counts["kept"] < 500 < counts["given back"]
+    assert 4 * counts["kept"] < counts["given back"]  # in pages, which may be huge ones
