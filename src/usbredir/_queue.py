@@ -37,7 +37,7 @@ MOST_PACKETS = 4096
 class OutputQueue:
     """FIFO of finished packets.
 
-    Threads: push, len() and size: any number of callers; flush: any number, one of them writes;
+    Threads: push, size and how many wait: any number of callers; flush: any number, one of them writes;
     entries and replace: one caller, nothing else going on.
     """
 
@@ -48,7 +48,6 @@ class OutputQueue:
         "_bytes_out",
         "_counting",
         "_drain",
-        "_entries",
         "_guard",
         "_limits",
         "_owned",
@@ -60,6 +59,7 @@ class OutputQueue:
         "_writev",
         "flush",
         "push",
+        "waiting",
     )
 
     def __init__(
@@ -78,7 +78,8 @@ class OutputQueue:
         self._write = write
         self._writev = writev
         self._owned = owned
-        self._entries: deque[Entry] = deque()
+        self.waiting: deque[Entry] = deque()
+        """All that is queued, always the same object: for those who often ask how many there are."""
         self._sent = 0  # bytes of the first entry that are written
         # Two counters, each with one kind of writer, so that taking packets out needs no lock.
         self._bytes_in = 0
@@ -89,7 +90,7 @@ class OutputQueue:
         self._again = False
         # Chosen beforehand: asking for lock and limits again at every packet takes 200 of the 700 ns that queueing and
         # writing a small packet take, and counting its bytes 70.
-        self.push: Callable[[Entry], None] = self._entries.append
+        self.push: Callable[[Entry], None] = self.waiting.append
         """Append a packet. Raises QueueFullError at a limit."""
         if limited:
             self.push = self._push_limited
@@ -101,20 +102,17 @@ class OutputQueue:
         self._drain: Callable[[], bool] = self._drain_single if writev is None else self._drain_vectored
         """Write packets. True: the transport would block."""
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     @property
     def size(self) -> int:
         """Bytes queued; a packet that is partly written counts in full. Without :meth:`count` 10 ns per packet."""
         if not self._counting:
-            return sum(map(len, self._entries.copy()))
+            return sum(map(len, self.waiting.copy()))
         out = self._bytes_out  # read first: what comes in between only makes the answer larger
         return self._bytes_in - out
 
     def exceeds(self, packets: int, size: int) -> bool:
         """Whether more than so many packets, or bytes, wait. Only after :meth:`count`."""
-        return len(self._entries) > packets or self._bytes_in - self._bytes_out > size
+        return len(self.waiting) > packets or self._bytes_in - self._bytes_out > size
 
     def count(self) -> None:
         """Count bytes as they come from now on. For one that often asks; before others use the queue."""
@@ -126,26 +124,26 @@ class OutputQueue:
     def push_unlimited(self, entry: Entry) -> None:
         """Append a packet that the peer waits for, whatever the limits."""
         with self._guard:
-            self._entries.append(entry)
+            self.waiting.append(entry)
             self._bytes_in += len(entry)
 
     def _push_locked(self, entry: Entry) -> None:
         with self._guard:
-            self._entries.append(entry)
+            self.waiting.append(entry)
 
     def _push_counted(self, entry: Entry) -> None:
-        self._entries.append(entry)
+        self.waiting.append(entry)
         self._bytes_in += len(entry)
 
     def _push_limited(self, entry: Entry) -> None:
         with self._guard:
             self._check_room(len(entry))
-            self._entries.append(entry)
+            self.waiting.append(entry)
             self._bytes_in += len(entry)
 
     def _check_room(self, size: int) -> None:
         packets, total = self._limits.max_queued_packets, self._limits.max_queued_bytes
-        if packets is not None and len(self._entries) >= packets:
+        if packets is not None and len(self.waiting) >= packets:
             raise QueueFullError(
                 f"{packets} packets wait to be written, the limit: write them, then send again", reason="queue_full"
             )
@@ -177,7 +175,7 @@ class OutputQueue:
         Who writes has the only item of a deque, which is one step to take or give back: two sections under the
         application's lock take 400 ns more for each call.
         """
-        entries, turn, me = self._entries, self._turn, threading.get_ident()
+        entries, turn, me = self.waiting, self._turn, threading.get_ident()
         told = False
         while entries:  # what another thread is writing is among them until it is written
             try:
@@ -202,7 +200,7 @@ class OutputQueue:
 
     def _drain_single(self) -> bool:
         """One write call per buffer, as in the original."""
-        entries, write = self._entries, self._write
+        entries, write = self.waiting, self._write
         while entries:
             entry = entries[0]
             if isinstance(entry, bytes) and not self._sent:
@@ -233,7 +231,7 @@ class OutputQueue:
 
     def _drain_vectored(self) -> bool:
         """Many packets per call."""
-        entries, writev = self._entries, self._writev
+        entries, writev = self.waiting, self._writev
         assert writev is not None
         while entries:
             if len(entries) == 1 and not self._sent:
@@ -249,15 +247,15 @@ class OutputQueue:
                     entries.popleft()
                     self._bytes_out += offered
                     continue
-                waiting: Sequence[Entry] = ()
+                batch: Sequence[Entry] = ()
             else:
-                waiting, buffers, offered = self._batch()
+                batch, buffers, offered = self._batch()
                 count = writev(buffers)
             if count == offered:
-                if self._alone and len(entries) == len(waiting):
+                if self._alone and len(entries) == len(batch):
                     entries.clear()  # 20 ns less for each
                 else:
-                    for _ in waiting:
+                    for _ in batch:
                         entries.popleft()
                 self._bytes_out += count + self._sent
                 self._sent = 0
@@ -272,23 +270,23 @@ class OutputQueue:
 
     def _batch(self) -> tuple[Sequence[Entry], Sequence[memoryview], int]:
         """Some of the first packets, their buffers, and how many bytes those have."""
-        entries, room, sent = self._entries, self._room, self._sent
+        entries, room, sent = self.waiting, self._room, self._sent
         with self._guard:
-            waiting = list(islice(entries, MOST_PACKETS))
-            everything = len(waiting) == len(entries) and sum(map(len, waiting)) <= room
+            batch = list(islice(entries, MOST_PACKETS))
+            everything = len(batch) == len(entries) and sum(map(len, batch)) <= room
         if everything:
             with contextlib.suppress(TypeError):  # a large payload among them
-                joined = memoryview(b"".join(waiting))[sent:]  # type: ignore[arg-type]
-                return waiting, (joined,), len(joined)
-        return self._gather(waiting, room, sent)
+                joined = memoryview(b"".join(batch))[sent:]  # type: ignore[arg-type]
+                return batch, (joined,), len(joined)
+        return self._gather(batch, room, sent)
 
-    def _gather(self, waiting: list[Entry], room: int, sent: int) -> tuple[Sequence[Entry], Sequence[memoryview], int]:
+    def _gather(self, batch: list[Entry], room: int, sent: int) -> tuple[Sequence[Entry], Sequence[memoryview], int]:
         """Runs of small packets joined, large payloads by reference, up to about *room* bytes."""
         buffers: list[memoryview] = []
         run: list[bytes] = []
         total = -sent
         taken = 0
-        for entry in waiting:
+        for entry in batch:
             taken += 1
             if isinstance(entry, bytes):
                 run.append(entry)
@@ -303,7 +301,7 @@ class OutputQueue:
                 break
         if run:
             buffers.append(memoryview(b"".join(run)))
-        return waiting[:taken], _skip(buffers, sent), total
+        return batch[:taken], _skip(buffers, sent), total
 
     def _check_count(self, count: int, offered: int) -> None:
         if count < 0 or count > offered:
@@ -315,7 +313,7 @@ class OutputQueue:
 
     def _advance(self, count: int) -> None:
         """*count* bytes were written: remove what is finished."""
-        entries = self._entries
+        entries = self.waiting
         popleft = entries.popleft
         count += self._sent
         finished = 0
@@ -334,15 +332,15 @@ class OutputQueue:
 
     def entries(self) -> list[bytes]:
         """What is still to be written, packet by packet."""
-        result = [entry if isinstance(entry, bytes) else b"".join(entry.parts) for entry in self._entries]
+        result = [entry if isinstance(entry, bytes) else b"".join(entry.parts) for entry in self.waiting]
         if self._sent:
             result[0] = result[0][self._sent :]
         return result
 
     def replace(self, packets: Sequence[bytes]) -> None:
         """Queue *packets* in place of everything that waits."""
-        self._entries.clear()
-        self._entries.extend(packets)
+        self.waiting.clear()
+        self.waiting.extend(packets)
         self._sent = 0
         self._bytes_out = 0
         self._bytes_in = sum(map(len, packets))

@@ -174,6 +174,7 @@ class Parser:
             getattr(callbacks, "writev", None),
             owned=write_owns_buffer,
         )
+        self._waiting = self._queue.waiting
         self._push = self._queue.push
         receives = Direction.GUEST_TO_HOST if usb_host else Direction.HOST_TO_GUEST
         self._decoder = Decoder(receives, limits, self._special_packet)
@@ -359,7 +360,7 @@ class Parser:
 
     def has_data_to_write(self) -> int:
         """Packets queued, a partly written one included. Threads: any number of callers."""
-        return len(self._queue)
+        return len(self._waiting)
 
     def watch_backlog(self) -> Callable[[int, int], bool]:
         """``exceeds(packets, bytes)``: whether more than so many are queued. For one that asks at every packet.
