@@ -847,6 +847,23 @@ def test_the_pool_is_bounded(library: ctypes.CDLL) -> None:
     assert not pool.sizes()
 
 
+def test_a_pool_that_is_closed_in_the_middle_keeps_nothing(library: ctypes.CDLL) -> None:
+    """Small transfers come back without the device's lock, while another thread closes the device."""
+    pool = _native.Pool(library)
+
+    class Shelf(list[_native.NativeTransfer]):
+        def append(self, native: _native.NativeTransfer) -> None:
+            pool.close()
+            super().append(native)
+
+    native = taken(pool, transfer())
+    native.shelf = Shelf()
+    assert pool.give_small(native)
+    assert not native.shelf
+    with pytest.raises(ValueError, match="released"):
+        len(native._head)  # it was freed
+
+
 def lend(library: ctypes.CDLL, pool: _native.Pool, length: int) -> tuple[_native.NativeTransfer, Transfer]:
     """A transfer that has received *length* bytes, and the native one whose buffer it reads."""
     asked = transfer(length=length)

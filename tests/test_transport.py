@@ -860,6 +860,11 @@ def test_a_unix_socket_whose_owner_is_busy_is_left_alone(tmp_path: Path) -> None
             one.close()
 
 
+glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or platform.python_implementation() != "CPython",
+    reason="it is for glibc's malloc",
+)
+
 KEPT = """
 import resource, sys
 from usbredir import transport
@@ -876,10 +881,45 @@ print(faults() - before)
 """
 
 
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc" or platform.python_implementation() != "CPython",
-    reason="it is for glibc's malloc",
-)
+@glibc
+def test_memory_is_kept_once() -> None:
+    """The second guest of a process does not pay for it again: no page of the block is touched."""
+    program = """
+import resource
+from usbredir import transport
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+for _ in range(4):
+    transport._keep_memory()
+print(faults() - before)
+"""
+    faults = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout
+    assert int(faults) < 100
+
+
+@glibc
+def test_memory_is_given_back() -> None:
+    """Also what lies below something that is still in use."""
+    program = """
+from usbredir import transport
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+transport._keep_memory()
+payloads, small = [], []
+for _ in range(24):
+    payloads.append(b"x" * (1 << 20))
+    small.append([bytes(700) for _ in range(100)])
+del payloads
+before = resident()
+transport._give_memory_back()
+print(before - resident())
+"""
+    given = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout
+    assert int(given) > 12 * 1024
+
+
+@glibc
 def test_memory_of_payloads_is_kept() -> None:
     """Large payloads that come and go cost no page faults."""
     counts = {}

@@ -12,9 +12,11 @@ Source: libusb's struct libusb_transfer (``_libusb.HEAD``).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import struct
+import sys
 import weakref
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -138,6 +140,7 @@ class NativeTransfer:
         "_iso",
         "_lease",
         "_library",
+        "_readable",
         "_sent",
         "_view",
         "address",
@@ -166,6 +169,8 @@ class NativeTransfer:
         self.buffer: Any = (ctypes.c_char * (capacity + SETUP.size))()
         self.buffer_address = ctypes.addressof(self.buffer)
         self._view = memoryview(self.buffer).cast("B")
+        # A slice of the array is bytes already, and 100 ns cheaper; but PyPy copies it item by item.
+        self._readable: Any = self.buffer if sys.implementation.name == "cpython" else self._view
         self._head = _libusb.bytes_at(address, HEAD.size)
         self._iso = _libusb.bytes_at(address + HEAD.size, _iso_layout(packets).size) if packets else memoryview(b"")
         self.owner: Owner | None = None
@@ -271,12 +276,12 @@ class NativeTransfer:
         elif transfer.endpoint < 0x80:
             self._sent = None
         elif transfer.kind is CONTROL:
-            transfer.data = self.buffer[SETUP.size : SETUP.size + actual]
+            transfer.data = bytes(self._readable[SETUP.size : SETUP.size + actual])
         elif actual >= LARGE and 2 * actual >= self.capacity:
             # A view keeps the whole buffer: it must not be much larger than what is counted as waiting to be sent.
             transfer.data = self._lend(actual)
         else:
-            transfer.data = self.buffer[:actual]
+            transfer.data = bytes(self._readable[:actual])
 
     def _lend(self, count: int) -> memoryview:
         """The first *count* bytes of the buffer, which stay as they are while anybody refers to them."""
@@ -304,6 +309,7 @@ class NativeTransfer:
 
     def free(self) -> None:
         """Give the C memory back. Never while submitted."""
+        ADDRESS.pack_into(self._head, 0, 0)  # the device's handle may be closed, and libusb looks at it
         self._head.release()
         self._iso.release()
         self._library.libusb_free_transfer(self.address)
@@ -360,6 +366,9 @@ class Pool:
             return False
         native.owner = native.transfer = None
         native.shelf.append(native)
+        if self._closed:  # meanwhile, by another thread: who takes it from the shelf frees it
+            with contextlib.suppress(IndexError):
+                native.shelf.pop().free()
         return True
 
     def give(self, native: NativeTransfer) -> None:
