@@ -8,6 +8,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import usbredir.testing
+from usbredir._layout import header_struct
 from usbredir.device import UsbDevice
 from usbredir.errors import ConnectionClosed
 from usbredir.guest import Guest
 from usbredir.packets import BulkPacket
 from usbredir.parser import Parser, ParserCallbacks
-from usbredir.proto import Capability, Status
+from usbredir.proto import Capability, PacketType, Status
 from usbredir.testing import PacketLog, Server, linked_pair, qemu
 from usbredir.transport import GuestConnection, connect
 from usbredir.virtual import Answer, Faulty, LoopbackDevice
@@ -309,6 +311,43 @@ def test_logs_go_with_their_tests(run: Callable[..., pytest.RunResult], monkeypa
 
 
 # ================================================================ the packet log
+
+
+class SlowWriter:
+    """The host's end of a stream whose bytes arrive before the call that wrote them has returned."""
+
+    def __init__(self, log: PacketLog) -> None:
+        self.arrived, self.returns = threading.Event(), threading.Event()
+        log.attach(self)
+
+    def read(self, count: int) -> bytes | None:
+        raise AssertionError("nothing is read here")
+
+    def writev(self, buffers: Sequence[memoryview]) -> int | None:
+        self.arrived.set()
+        assert self.returns.wait(PATIENCE)
+        return sum(map(len, buffers))
+
+
+def test_what_has_arrived_is_in_the_log() -> None:
+    """A test fails in one thread while the thread of the host has not returned from writing."""
+    log = PacketLog()
+    stream = SlowWriter(log)
+    hello = header_struct(False).pack(PacketType.HELLO, 68, 0) + b"host".ljust(64, b"\0") + bytes(4)
+    writing = threading.Thread(target=stream.writev, args=([memoryview(hello)],))
+    writing.start()
+    assert stream.arrived.wait(PATIENCE)
+    shown: list[str] = []
+    asking = threading.Thread(target=lambda: shown.append(str(log)))
+    asking.start()
+    try:
+        asking.join(0.05)  # it has to wait
+        assert not shown
+    finally:
+        stream.returns.set()
+    for thread in (writing, asking):
+        thread.join(PATIENCE)
+    assert "host > guest  Hello" in shown[0]
 
 
 class Recorder:

@@ -44,7 +44,7 @@ class PacketLog:
 
     def __init__(self, packets: int = 200, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._lines: deque[str] = deque(maxlen=packets)
         self._dropped = 0
         self._pending: deque[tuple[float, _Connection, Direction, bytes]] = deque()
@@ -55,7 +55,8 @@ class PacketLog:
     def attach(self, stream: Any) -> None:
         """Keep what *stream*, the host's end of a connection, reads and writes from now on.
 
-        Its methods ``read`` and ``writev`` are replaced: to be called before a host is made with it.
+        Its methods ``read`` and ``writev``, which must not block, are replaced: to be called before a host is made
+        with it.
         """
         read, writev = stream.read, stream.writev
         self._connections += 1
@@ -68,9 +69,10 @@ class PacketLog:
             return data
 
         def logged_writev(buffers: Sequence[memoryview]) -> int | None:
-            count: int | None = writev(buffers)
-            if count:
-                self._keep(connection, TO_GUEST, b"".join(buffers)[:count])
+            with self._lock:  # who gets these bytes, and fails, is to find them in the log
+                count: int | None = writev(buffers)
+                if count:
+                    self._keep(connection, TO_GUEST, b"".join(buffers)[:count])
             return count
 
         stream.read, stream.writev = logged_read, logged_writev
