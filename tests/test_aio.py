@@ -407,14 +407,19 @@ async def test_isochronous_out() -> None:
         assert await guest.stop_iso_stream(ISO_OUT) == Status.SUCCESS
 
 
+async def start_iso_and_pause(guest: aio.Guest, raw: RawHost) -> None:
+    """A stream on endpoint 4, and a transport that takes nothing more for now."""
+    raw.answer = lambda request: [IsoStreamStatus(id=request.id, endpoint=4)]
+    await guest.start_iso_stream(4)
+    raw.answer = lambda request: ()
+    raw.deliver_to.pause_writing()
+
+
 @in_loop
 async def test_isochronous_out_does_not_wait_for_ever() -> None:
     """For room: the packet stays queued, and leaves as soon as the transport takes it."""
     async with prey() as (guest, raw):
-        raw.answer = lambda request: [IsoStreamStatus(id=request.id, endpoint=4)]
-        await guest.start_iso_stream(4)
-        raw.answer = lambda request: ()
-        raw.deliver_to.pause_writing()
+        await start_iso_and_pause(guest, raw)
         before, most = len(raw.requests), blocking.ISO_PACKETS_AHEAD
         statuses = [await guest.iso_out(4, bytes([number]), timeout=MOMENT) for number in range(most + 2)]
         assert statuses == [Status.SUCCESS] * most + [Status.TIMEOUT] * 2
@@ -782,10 +787,7 @@ async def test_a_flood_does_not_keep_others_from_running() -> None:
 async def test_what_the_transport_does_not_take_waits() -> None:
     """In order, until it wants more; iso_out waits for that."""
     async with prey() as (guest, raw):
-        raw.answer = lambda request: [IsoStreamStatus(id=request.id, endpoint=4)]
-        await guest.start_iso_stream(4)
-        raw.answer = lambda request: ()
-        raw.deliver_to.pause_writing()
+        await start_iso_and_pause(guest, raw)
         sending = asyncio.ensure_future(send_packets(guest, 200))
         await asyncio.sleep(MOMENT)
         assert not sending.done()

@@ -326,6 +326,18 @@ def test_an_encoder_of_replies(data: st.DataObject, cls: type[Packet]) -> None:
     assert encoder(cls, *REPLY)(request, 4, 3, b"abc") == encoder(cls)(reply)
 
 
+def test_a_sender_without_an_id() -> None:
+    """It is 0, as in a packet."""
+    assert encoder(BulkPacket, "endpoint", "data")(0x81, b"xy") == encoder(BulkPacket)(
+        BulkPacket(endpoint=0x81, data=b"xy")
+    )
+
+
+def test_a_sender_of_values_that_a_packet_has_not() -> None:
+    with pytest.raises(TypeError, match="BulkPacket has no interval, pid: it has id, endpoint"):
+        encoder(BulkPacket, "endpoint", "interval", "pid")
+
+
 def test_an_encoder_of_some_values() -> None:
     """The rest have their defaults."""
     some = encoder(BufferedBulkPacket, "endpoint", "data", "id", "length")

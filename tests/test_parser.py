@@ -6,6 +6,7 @@ import itertools
 import logging
 import struct
 import sys
+import threading
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -1945,6 +1946,35 @@ def test_an_interrupted_write_does_not_keep_its_turn() -> None:
     parser.do_write()
     assert end.output
     assert parser.has_data_to_write() == 0
+
+
+class BusyOnce(End):
+    """A stream that takes nothing at first; another thread hears that it does again before that call has returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flush: Callable[[], None] = lambda: None
+        self.calls = 0
+
+    def write(self, data: memoryview) -> int | None:
+        self.calls += 1
+        if self.calls > 1:
+            return super().write(data)
+        other = threading.Thread(target=self.flush)
+        other.start()
+        other.join()
+        return None
+
+
+def test_a_write_that_came_meanwhile_is_made_up_for() -> None:
+    """Whose call finds another thread writing returns, and that one tries again."""
+    end = BusyOnce()
+    parser = Parser(end, locks=ThreadingLocks())
+    end.flush = parser.do_write
+    parser.do_write()
+    assert parser.has_data_to_write() == 0
+    assert end.calls == 2
+    assert end.output
 
 
 class StubbornLocks(ThreadingLocks):

@@ -572,6 +572,14 @@ def test_a_guest_that_is_none_is_sent_away(device: LoopbackDevice) -> None:
             assert guest.bulk_in(0x82, 8).status == Status.SUCCESS
 
 
+def meet_a_broken_device(server: Server) -> None:
+    """A guest whose connection ends when a hook of the device fails."""
+    with connect(server.address) as connection, Guest(GuestConnection(connection)) as guest:
+        guest.wait_for_device(PATIENCE)
+        with pytest.raises((ConnectionClosed, ConnectionError)):
+            guest.bulk_in(0x82, 8, timeout=PATIENCE)
+
+
 def test_an_error_of_the_system_ends_one_session() -> None:
     """It may be one of a hook, so close() raises it, but the next guest is served."""
 
@@ -582,10 +590,7 @@ def test_an_error_of_the_system_ends_one_session() -> None:
     with Unreadable() as broken:
         server = Server(broken)
         for _ in range(2):
-            with connect(server.address) as connection, Guest(GuestConnection(connection)) as guest:
-                guest.wait_for_device(PATIENCE)
-                with pytest.raises((ConnectionClosed, ConnectionError)):
-                    guest.bulk_in(0x82, 8, timeout=PATIENCE)
+            meet_a_broken_device(server)
         with pytest.raises(FileNotFoundError):
             server.close()
         server.close()
@@ -598,10 +603,7 @@ def test_what_a_hook_raises_is_raised_once(device: LoopbackDevice) -> None:
 
     broken: UsbDevice = Broken()
     server = Server(broken)
-    with connect(server.address) as connection, Guest(GuestConnection(connection)) as guest:
-        guest.wait_for_device(PATIENCE)
-        with pytest.raises((ConnectionClosed, ConnectionError)):
-            guest.bulk_in(0x82, 8, timeout=PATIENCE)
+    meet_a_broken_device(server)
     with pytest.raises(ZeroDivisionError):
         server.close()
     server.close()

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from usbredir import _keep_alive
+from usbredir import _keep_alive, transport
 from usbredir.errors import (
     ConnectionClosed,
     DeviceError,
@@ -858,6 +858,18 @@ def test_a_unix_socket_whose_owner_is_busy_is_left_alone(tmp_path: Path) -> None
             listen(f"unix:{path}")
         for one in waiting:
             one.close()
+
+
+def test_memory_is_kept_while_a_guest_is_served(
+    ends: tuple[Connection, Connection], device: LoopbackDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("_keep_memory", "_give_memory_back"):
+        monkeypatch.setattr(transport, name, lambda name=name: calls.append(name))
+    session = Session(ends[0], device)
+    assert calls == ["_keep_memory"]
+    session.close()
+    assert calls == ["_keep_memory", "_give_memory_back"]
 
 
 glibc = pytest.mark.skipif(
